@@ -1,0 +1,66 @@
+"""Rotary positions and masked grouped-query attention in plain XLA."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unisd_jax.models.config import ModelConfig
+
+# Finite, so that a row with every key masked (a padded query) gives garbage nobody reads instead of NaN.
+MASKED_SCORE = -1e30
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[Array, "half"]:
+    """Angular frequency of each rotary pair, radians per position; θ^(−2i/d), stretched where Llama 3.1 asks."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position / wavelengths
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rotary_angles(
+    positions: Int[Array, "B S"], config: ModelConfig
+) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    """Cosine and sine of every position's rotation, float32."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S N D"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]):
+    """Turns each (x_i, x_{i+D/2}) pair by its angle: the half-split order of Hugging Face checkpoints."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attention(
+    query: Float[Array, "B S N D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    attend: Bool[Array, "B S T"],
+) -> Float[Array, "B S N D"]:
+    """softmax(q·kᵀ/√D) v over the keys that `attend` allows; N query heads share K key-value heads.
+
+    Scores and softmax are float32; the result has the dtype of `query`.
+    """
+    batch, length, heads, dim = query.shape
+    groups = heads // key.shape[2]
+    query = query.reshape(batch, length, key.shape[2], groups, dim)
+    scores = jnp.einsum("bskgd,btkd->bkgst", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(attend[:, None, None], scores * dim**-0.5, MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgst,btkd->bskgd", weights, value).reshape(batch, length, heads, dim)
+
+
+def causal(mask: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Which keys each position may see: itself and the unpadded ones before it."""
+    return jnp.tril(jnp.ones((mask.shape[1], mask.shape[1]), bool)) & mask[:, None, :]

@@ -1,0 +1,83 @@
+"""Low-rank adapters as data: `{path: (A, B)}`, applied to frozen weights without touching them.
+
+One frozen base serves several views of the weights: `lora=None` is the base, the student's adapter is the student,
+the EMA adapter is the teacher. The effective weight of an adapted matrix is W + scale · A·B with A [in, r], B [r, out].
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from unisd_jax.errors import UserError
+
+TARGETS = {
+    "q": "attention/q",
+    "k": "attention/k",
+    "v": "attention/v",
+    "o": "attention/o",
+    "gate": "mlp/gate",
+    "up": "mlp/up",
+    "down": "mlp/down",
+}
+
+
+class LoraFactors(NamedTuple):
+    """One adapted matrix in every layer: A [L, in, r] and B [L, r, out], float32."""
+
+    a: Float[Array, "*L in r"]
+    b: Float[Array, "*L r out"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["scale"])
+class Lora:
+    """An adapter: `factors` maps a path inside a layer ("attention/q") to its LoraFactors; `scale` is alpha / rank."""
+
+    def __init__(self, factors: dict[str, LoraFactors], scale: float):
+        self.factors = factors
+        self.scale = scale
+
+
+def init_lora(
+    key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: float, targets: Sequence[str]
+) -> Lora:
+    """A new adapter that leaves the model as it is: A uniform in ±1/√in, B zero (PEFT's default).
+
+    Raises:
+      UserError: an unknown target.
+    """
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown:
+        raise UserError(f"model.lora.targets: unknown {unknown[0]!r}; known: {', '.join(TARGETS)}")
+    factors = {}
+    for index, name in enumerate(TARGETS):
+        if name not in targets:
+            continue
+        layers, inputs, outputs = _kernel(params, TARGETS[name]).shape
+        bound = inputs**-0.5
+        a_key = jax.random.fold_in(key, index)
+        a = jax.random.uniform(a_key, (layers, inputs, rank), jnp.float32, -bound, bound)
+        factors[TARGETS[name]] = LoraFactors(a, jnp.zeros((layers, rank, outputs), jnp.float32))
+    return Lora(factors, alpha / rank)
+
+
+def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
+    """A copy of `params` with the adapter added, computed in float32: W + scale · A·B. `params` stays as it is."""
+    if lora is None:
+        return params
+    layers = params["layers"]
+    for path, factors in lora.factors.items():
+        kernel = _kernel(params, path)
+        delta = lora.scale * (factors.a @ factors.b)
+        merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        group, name = path.split("/")
+        layers = layers | {group: layers[group] | {name: layers[group][name] | {"kernel": merged}}}
+    return params | {"layers": layers}
+
+
+def _kernel(params: dict[str, Any], path: str) -> Float[Array, "L in out"]:
+    group, name = path.split("/")
+    return params["layers"][group][name]["kernel"]

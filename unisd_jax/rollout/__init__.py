@@ -1,0 +1,7 @@
+"""Engines that sample completions, and the contract they share."""
+
+from unisd_jax.rollout.jax_sampler import JaxSampler as JaxSampler
+from unisd_jax.rollout.protocol import Rollout as Rollout
+from unisd_jax.rollout.protocol import RolloutEngine as RolloutEngine
+from unisd_jax.rollout.protocol import Sampling as Sampling
+from unisd_jax.rollout.protocol import StaleWeights as StaleWeights

@@ -1,0 +1,59 @@
+"""What every rollout engine offers: publish weights under a version, generate with exactly that version."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from unisd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+
+    max_completion_length: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+class Rollout(NamedTuple):
+    """Sampled completions, right-padded; arrays of the global batch.
+
+    `logps` are log-probs of the sampled tokens under the whole softmax at the sampling temperature (at 1 when greedy),
+    before any truncation by top-p, top-k or min-p: what the trainer's own scores should equal.
+    """
+
+    ids: Any  # [B, T] int32
+    mask: Any  # [B, T] bool; the stop token is part of the completion
+    logps: Any  # [B, T] float32
+    stopped: Any  # [B] bool; False: cut at max_completion_length
+    policy_version: int
+
+
+class RolloutEngine(Protocol):
+    def publish(self, params: dict[str, Any], version: int) -> None:
+        """Makes `params` (adapters merged) the weights of every later `generate`."""
+
+    def generate(
+        self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, sampling: Sampling, *, key: Any, version: int
+    ) -> Rollout:
+        """Completes left-padded prompts [B, P] with the weights of `version`.
+
+        Raises:
+          StaleWeights: other weights than `version` are published.
+        """
+
+
+class StaleWeights(UserError):
+    """A rollout was asked of a policy version the engine does not hold."""
+
+
+def require_version(found: int | None, wanted: int) -> None:
+    """Refuses to sample from weights other than the ones asked for."""
+    if found != wanted:
+        raise StaleWeights(f"rollout engine holds policy version {found}, asked for {wanted}: publish the weights first")

@@ -1,0 +1,6 @@
+"""The teacher: its weights (EMA) and what it is shown (prompts)."""
+
+from unisd_jax.teacher.ema import ema_update as ema_update
+from unisd_jax.teacher.ema import ema_update_measured as ema_update_measured
+from unisd_jax.teacher.ema import start_ema as start_ema
+from unisd_jax.teacher.ema import weight_distance as weight_distance

@@ -1,0 +1,93 @@
+"""The EMA teacher: a float32 average of the student's effective weights (UniSD Eq. 3).
+
+θ̄ ← β·θ̄ + (1−β)·θ. For full weights this is leaf by leaf. For adapters the effective weight is W + scale·A·B, and W is
+shared, so the average is that of the products A·B: averaging A and B one by one would give another matrix. The exact
+average β·Ā·B̄ + (1−β)·A·B is written as one product of stacked factors and brought back to the teacher's rank by a
+singular value decomposition, which loses the least possible energy; how much is lost is returned and logged. The
+teacher's rank is twice the student's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unisd_jax.models.lora import Lora, LoraFactors
+
+RANK_MULTIPLE = 2
+
+
+def start_ema(student: Any) -> Any:
+    """The teacher before any update: equal to the student's starting point, in float32.
+
+    A fresh adapter has A·B = 0, so the teacher's adapter starts as zeros of its own, larger rank.
+    """
+    if not isinstance(student, Lora):
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), student)
+
+    def zeros(factors: LoraFactors) -> LoraFactors:
+        *layers, inputs, rank = factors.a.shape
+        outputs = factors.b.shape[-1]
+        rank = min(RANK_MULTIPLE * rank, inputs, outputs)
+        return LoraFactors(jnp.zeros((*layers, inputs, rank)), jnp.zeros((*layers, rank, outputs)))
+
+    return Lora({path: zeros(factors) for path, factors in student.factors.items()}, student.scale)
+
+
+def ema_update(teacher: Any, student: Any, *, decay: float) -> Any:
+    """θ̄ ← decay·θ̄ + (1−decay)·θ in float32; adapters are averaged as effective weights at the teacher's rank."""
+    return ema_update_measured(teacher, student, decay=decay)[0]
+
+
+def ema_update_measured(teacher: Any, student: Any, *, decay: float) -> tuple[Any, Float[Array, ""]]:
+    """`ema_update`, and the share of the averaged adapter's squared Frobenius norm that its rank could not hold."""
+    if not isinstance(teacher, Lora):
+        updated = jax.tree.map(
+            lambda old, new: decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32), teacher, student
+        )
+        return updated, jnp.float32(0.0)
+    factors, lost, total = {}, jnp.float32(0.0), jnp.float32(0.0)
+    for path, old in teacher.factors.items():
+        factors[path], path_lost, path_total = _average_products(old, student.factors[path], decay)
+        lost, total = lost + path_lost, total + path_total
+    return Lora(factors, teacher.scale), lost / jnp.maximum(total, 1e-30)
+
+
+def weight_distance(teacher: Any, student: Any) -> Float[Array, ""]:
+    """‖θ̄ − θ‖ / ‖θ‖ over effective weights; for adapters over the products A·B alone, the frozen part left out."""
+    if isinstance(teacher, Lora):
+        pairs = [(teacher.factors[path], student.factors[path]) for path in student.factors]
+        apart = sum(_squared_norm(_stack(old, new, 1.0, -1.0)) for old, new in pairs)
+        size = sum(_squared_norm(new) for _, new in pairs)
+    else:
+        leaves = list(zip(jax.tree.leaves(teacher), jax.tree.leaves(student), strict=True))
+        apart = sum(jnp.sum(jnp.square(old - new.astype(jnp.float32))) for old, new in leaves)
+        size = sum(jnp.sum(jnp.square(new.astype(jnp.float32))) for _, new in leaves)
+    return jnp.sqrt(jnp.maximum(apart, 0.0) / jnp.maximum(size, 1e-30))
+
+
+def _average_products(old: LoraFactors, new: LoraFactors, decay: float):
+    exact = _stack(old, new, decay, 1 - decay)
+    left, left_core = jnp.linalg.qr(exact.a)
+    right, right_core = jnp.linalg.qr(jnp.swapaxes(exact.b, -1, -2))
+    u, s, v = jnp.linalg.svd(left_core @ jnp.swapaxes(right_core, -1, -2), full_matrices=False)
+    rank = old.a.shape[-1]
+    root = jnp.sqrt(s[..., :rank])
+    a = left @ u[..., :rank] * root[..., None, :]
+    b = root[..., :, None] * (v[..., :rank, :] @ jnp.swapaxes(right, -1, -2))
+    return LoraFactors(a, b), jnp.sum(jnp.square(s[..., rank:])), jnp.sum(jnp.square(s))
+
+
+def _stack(old: LoraFactors, new: LoraFactors, old_weight: float, new_weight: float) -> LoraFactors:
+    """Factors of old_weight·A₁·B₁ + new_weight·A₂·B₂."""
+    a = jnp.concatenate([old.a.astype(jnp.float32), new.a.astype(jnp.float32)], axis=-1)
+    b = jnp.concatenate([old_weight * old.b.astype(jnp.float32), new_weight * new.b.astype(jnp.float32)], axis=-2)
+    return LoraFactors(a, b)
+
+
+def _squared_norm(factors: LoraFactors) -> Float[Array, ""]:
+    """‖A·B‖² = Σ (AᵀA) ∘ (B·Bᵀ), without forming A·B."""
+    left = jnp.swapaxes(factors.a, -1, -2) @ factors.a
+    right = factors.b @ jnp.swapaxes(factors.b, -1, -2)
+    return jnp.sum(left * right)
