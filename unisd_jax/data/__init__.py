@@ -1,0 +1,1 @@
+"""Items, chat templates, padding and the order of batches."""

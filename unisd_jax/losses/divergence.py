@@ -44,7 +44,9 @@ def token_divergence(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1]")
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {student_logits.shape} and teacher logits {teacher_logits.shape} differ in shape")
+        raise ValueError(
+            f"student logits {student_logits.shape} and teacher logits {teacher_logits.shape} differ in shape"
+        )
     student = log_probs(student_logits)
     teacher = jax.lax.stop_gradient(log_probs(teacher_logits))
     if alpha == 0.0:

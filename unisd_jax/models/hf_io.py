@@ -18,6 +18,7 @@ from unisd_jax.errors import UserError
 from unisd_jax.io import write_json_atomic
 from unisd_jax.models.config import ModelConfig
 from unisd_jax.models.decoder import Model
+from unisd_jax.models.layout import place
 
 TOP_TENSORS = {
     ("embed", "weight"): "model.embed_tokens.weight",
@@ -68,12 +69,12 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Me
         _put(params, keys, value)
     if mesh is None:
         return model, jax.tree.map(jnp.asarray, params)
-    from unisd_jax.parallel.sharding import shard_params
-
-    return model, shard_params(params, mesh)
+    return model, place(params, mesh)
 
 
-def save_hf(path: str | Path, model: Model, params: dict[str, Any], *, source: str | Path | None = None) -> None:
+def save_hf(
+    path: str | Path, model: Model, params: dict[str, Any], *, source: str | Path | None = None
+) -> None:
     """Writes a checkpoint directory that `load_hf` and `transformers` can load; replaces `path` as a whole.
 
     `source` is the directory the model came from: its config, tokenizer, chat template and generation settings are
@@ -97,7 +98,9 @@ def save_hf(path: str | Path, model: Model, params: dict[str, Any], *, source: s
             if (Path(source) / name).exists():
                 shutil.copyfile(Path(source) / name, partial / name)
     config.pop("torch_dtype", None)
-    write_json_atomic(partial / "config.json", config | {"dtype": str(_at(params, ("embed", "weight")).dtype)})
+    write_json_atomic(
+        partial / "config.json", config | {"dtype": str(_at(params, ("embed", "weight")).dtype)}
+    )
     with open(partial / "model.safetensors", "rb+") as file:
         os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)
@@ -112,11 +115,15 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory")
+        raise UserError(
+            f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory"
+        )
     try:
         return ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
     except FileNotFoundError:
-        raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face checkpoint") from None
+        raise UserError(
+            f"model.path: {path} has no config.json; expected a Hugging Face checkpoint"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'config.json'}: not JSON ({error})") from None
     except UserError as error:

@@ -71,11 +71,17 @@ def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
     layers = params["layers"]
     for path, factors in lora.factors.items():
         kernel = _kernel(params, path)
-        delta = lora.scale * (factors.a @ factors.b)
-        merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        merged = _add_product(kernel, factors, lora.scale)
         group, name = path.split("/")
         layers = layers | {group: layers[group] | {name: layers[group][name] | {"kernel": merged}}}
     return params | {"layers": layers}
+
+
+@jax.jit
+def _add_product(
+    kernel: Float[Array, "L in out"], factors: LoraFactors, scale: float
+) -> Float[Array, "L in out"]:
+    return (kernel.astype(jnp.float32) + scale * (factors.a @ factors.b)).astype(kernel.dtype)
 
 
 def _kernel(params: dict[str, Any], path: str) -> Float[Array, "L in out"]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from unisd_jax.models import Model
-from unisd_jax.models.decoder import token_positions
 from unisd_jax.models.attention import causal
+from unisd_jax.models.decoder import token_positions
 from unisd_jax.rollout.protocol import Rollout, Sampling, require_version
 
 
@@ -24,7 +24,9 @@ class JaxSampler:
     def publish(self, params: dict[str, Any], version: int) -> None:
         self.params, self.version = params, version
 
-    def generate(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> Rollout:
+    def generate(
+        self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int
+    ) -> Rollout:
         require_version(self.version, version)
         ids, mask, logps, stopped = sample(
             self.params, prompt_ids, prompt_mask, key, model=self.model, sampling=sampling
@@ -61,8 +63,16 @@ def sample(
     prompt_lengths = jnp.sum(prompt_mask, axis=1)
 
     ids = jnp.full((batch, length), sampling.pad_id, jnp.int32)
-    state = (jnp.int32(0), cache, token, logp, jnp.zeros((batch,), bool), ids, jnp.zeros((batch, length), bool),
-             jnp.zeros((batch, length), jnp.float32))
+    state = (
+        jnp.int32(0),
+        cache,
+        token,
+        logp,
+        jnp.zeros((batch,), bool),
+        ids,
+        jnp.zeros((batch, length), bool),
+        jnp.zeros((batch, length), jnp.float32),
+    )
 
     def record(state):
         step, cache, token, logp, stopped, ids, mask, logps = state
@@ -79,7 +89,9 @@ def sample(
     def decode(state):
         step, cache, token, _, stopped, ids, mask, logps = state
         slot = prompt_length + step - 1
-        seen = visible | ((jnp.arange(visible.shape[1]) >= prompt_length) & (jnp.arange(visible.shape[1]) <= slot))
+        seen = visible | (
+            (jnp.arange(visible.shape[1]) >= prompt_length) & (jnp.arange(visible.shape[1]) <= slot)
+        )
         positions = (prompt_lengths + step - 1)[:, None]
         hidden, cache = model.extend(params, token[:, None], positions, seen[:, None, :], cache, slot)
         token, logp = draw(hidden[:, -1], step)

@@ -56,4 +56,6 @@ class StaleWeights(UserError):
 def require_version(found: int | None, wanted: int) -> None:
     """Refuses to sample from weights other than the ones asked for."""
     if found != wanted:
-        raise StaleWeights(f"rollout engine holds policy version {found}, asked for {wanted}: publish the weights first")
+        raise StaleWeights(
+            f"rollout engine holds policy version {found}, asked for {wanted}: publish the weights first"
+        )

@@ -44,7 +44,9 @@ def ema_update_measured(teacher: Any, student: Any, *, decay: float) -> tuple[An
     """`ema_update`, and the share of the averaged adapter's squared Frobenius norm that its rank could not hold."""
     if not isinstance(teacher, Lora):
         updated = jax.tree.map(
-            lambda old, new: decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32), teacher, student
+            lambda old, new: decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32),
+            teacher,
+            student,
         )
         return updated, jnp.float32(0.0)
     factors, lost, total = {}, jnp.float32(0.0), jnp.float32(0.0)
@@ -82,7 +84,9 @@ def _average_products(old: LoraFactors, new: LoraFactors, decay: float):
 def _stack(old: LoraFactors, new: LoraFactors, old_weight: float, new_weight: float) -> LoraFactors:
     """Factors of old_weight·A₁·B₁ + new_weight·A₂·B₂."""
     a = jnp.concatenate([old.a.astype(jnp.float32), new.a.astype(jnp.float32)], axis=-1)
-    b = jnp.concatenate([old_weight * old.b.astype(jnp.float32), new_weight * new.b.astype(jnp.float32)], axis=-2)
+    b = jnp.concatenate(
+        [old_weight * old.b.astype(jnp.float32), new_weight * new.b.astype(jnp.float32)], axis=-2
+    )
     return LoraFactors(a, b)
 
 

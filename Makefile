@@ -1,0 +1,67 @@
+# Everything a newcomer runs. Nothing is written outside this folder (pip's own cache aside), and torch is never installed.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+# Extra overrides for both quickstart trainings, as in QUICKSTART_ARGS="--data.test_limit=80".
+QUICKSTART_ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+python := $(VENV)/bin/python
+pytest := $(python) -m pytest -q --basetemp=.cache/pytest-$(notdir $(VENV))
+
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export HF_HUB_OFFLINE := 1
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export MPLBACKEND := Agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-real lint clean
+
+help:
+	@echo 'make quickstart  SmolLM2-135M teaches itself on this CPU: installs, converts, trains, evaluates, compares with sft'
+	@echo 'make test        installs what the tests need and runs them'
+	@echo 'make test-real   the tests that need the checkpoint which quickstart converts'
+	@echo 'make lint        ruff: rules and formatting'
+	@echo 'make clean       removes the environment and caches; models/ and runs/ stay'
+	@echo 'Variables: PYTHON=python3.12 (3.11 or newer), VENV=.venv, RUNS=runs, QUICKSTART_ARGS="--train.steps=8"'
+
+quickstart: $(VENV)/.installed-quickstart
+	$(python) scripts/prepare_smollm2.py --out models/smollm2-135m-instruct
+	$(python) -m unisd_jax.train --config configs/quickstart.yaml --output_dir=$(RUNS) $(QUICKSTART_ARGS)
+	$(python) -m unisd_jax.train --config configs/quickstart_sft.yaml --output_dir=$(RUNS) $(QUICKSTART_ARGS)
+	$(python) scripts/compare_runs.py $(RUNS)/quickstart $(RUNS)/quickstart-sft
+
+test: $(VENV)/.installed-dev
+	@mkdir -p .cache
+	$(pytest) -m 'not real_model' $(PYTEST_ARGS)
+
+test-real: $(VENV)/.installed-dev
+	@mkdir -p .cache
+	UNISD_SMOLLM2=$(CURDIR)/models/smollm2-135m-instruct $(pytest) -m real_model
+
+lint: $(VENV)/.installed-dev
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+clean:
+	rm -rf .venv .venv-ci .venv-ci-312 .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find unisd_jax kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras: an install is repeated only when the requirements have changed.
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml .ci/constraints/py311.txt .ci/constraints/py312.txt
+	@echo "Installing unisd_jax[$*] into $(VENV) ($$($(python) --version)); the first time takes some minutes"
+	@$(python) -m pip install --quiet --editable '.[$*]' --constraint \
+	  .ci/constraints/$$($(python) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	@touch $@
+
+# An environment that works is kept, whoever made it; half of one (an interrupted run) is completed.
+$(VENV)/.created:
+	@if $(python) -m pip --version >/dev/null 2>&1; then found=$(python); else found=$(PYTHON); fi; \
+	  $$found -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { \
+	    echo "unisd_jax needs Python 3.11 or newer; $$found is '$$($$found --version 2>&1 || true)'." \
+	      "Name another with make PYTHON=python3.11 $(MAKECMDGOALS)$$(test ! -e $(VENV) || echo ' and remove $(VENV)')" >&2; \
+	    exit 1; }; \
+	  test "$$found" = "$(python)" || $$found -m venv $(VENV)
+	@touch $@

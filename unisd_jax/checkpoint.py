@@ -1,0 +1,169 @@
+"""Checkpoints that are whole or not used: orbax writes them, a checksum of every array says whether they came back.
+
+A checkpoint of step n holds the train state, the data iterator's place and a record of what it belongs to. Steps are
+tried from the newest backwards; one that cannot be read is moved aside, never silently.
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from unisd_jax.errors import UserError
+from unisd_jax.models.layout import path_name
+from unisd_jax.types import TrainState
+
+FORMAT = "unisd_jax/1"
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back: the state, the data iterator's place, and what was recorded beside them."""
+
+    state: TrainState
+    data: dict[str, Any]
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`; saving is asynchronous, the newest `keep` stay.
+
+    `say` receives one line for everything a user should know.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int, say: Callable[[str], None] = print):
+        self.directory = Path(directory).absolute()
+        self.say = say
+        # orbax reports an unreadable checkpoint with its own tracebacks; `restore` says it in one line instead.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: TrainState, *, data: dict[str, Any], record: dict[str, Any]) -> None:
+        """Starts writing the checkpoint of `state.step`; a step that is already there is left as it is."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        leaves = _named_leaves(state)
+        meta = {"format": FORMAT, "record": record, "data": data, "checksums": checksums(leaves)}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
+        )
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest readable checkpoint with the shapes and sharding of `like`; None if there is none at all.
+
+        Raises:
+          UserError: there are checkpoints but none can be read, or they belong to another program or model.
+        """
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps and _holds_files(self.directory):
+            raise UserError(
+                f"{self.directory} holds files but no checkpoint of this program; "
+                "choose another name or output_dir, or move it away"
+            )
+        for step in steps:
+            problem = None
+            try:
+                return self._read(step, like)
+            except UserError:
+                raise
+            except (
+                Exception
+            ) as error:  # whatever orbax, tensorstore or the file system make of a damaged file
+                problem = (
+                    str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+                )
+            self._move_aside(step, problem)
+        if steps:
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be read (steps {steps}, moved to "
+                f"{self._damaged}); delete {self.directory.parent} to start afresh"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    @property
+    def _damaged(self) -> Path:
+        return self.directory.parent / "damaged_checkpoints"
+
+    def _read(self, step: int, like: TrainState) -> Restored:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise UserError(
+                f"{self.directory}/{step}: not a checkpoint of this program (format {FORMAT} expected)"
+            )
+        leaves = _named_leaves(like)
+        _check_same_leaves(meta["checksums"], leaves, self.directory / str(step))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )["state"]
+        if checksums(found) != meta["checksums"]:
+            raise ValueError("its arrays are not the ones that were saved")
+        _, structure = jax.tree.flatten(like)
+        state = jax.tree.unflatten(structure, [found[name] for name in leaves])
+        return Restored(state, meta["data"], meta["record"])
+
+    def _move_aside(self, step: int, problem: str | None) -> None:
+        self._damaged.mkdir(exist_ok=True)
+        target = self._damaged / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(self.directory / str(step), target)
+        self._manager.reload()
+        self.say(
+            f"checkpoint of step {step} cannot be read ({problem}); moved to {target}, trying the one before"
+        )
+
+
+def checksums(leaves: dict[str, jax.Array]) -> dict[str, list]:
+    """Shape, dtype and the sum of the 32-bit words of every array: cheap, exact, and the same however it is sharded."""
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), int(_word_sum(jnp.asarray(leaf)))]
+        for name, leaf in leaves.items()
+    }
+
+
+@functools.partial(jax.jit)
+def _word_sum(leaf: jax.Array) -> jax.Array:
+    words = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float32).view(jnp.uint32)
+    words = words.astype(jnp.uint32).ravel()
+    # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32.
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+
+def _named_leaves(state: TrainState) -> dict[str, jax.Array]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {path_name(path).replace("/", "."): leaf for path, leaf in flat}
+
+
+def _check_same_leaves(saved: dict[str, list], leaves: dict[str, jax.Array], where: Path) -> None:
+    for name, leaf in leaves.items():
+        found, expected = saved.get(name), [list(leaf.shape), str(np.dtype(leaf.dtype))]
+        if found is None or found[:2] != expected:
+            raise UserError(
+                f"{where}: {name} is {found[:2] if found else 'missing'}, this run needs {expected}; "
+                "the checkpoint belongs to another model or configuration: choose another name or output_dir"
+            )
+
+
+def _holds_files(directory: Path) -> bool:
+    return directory.is_dir() and any(path.is_file() for path in directory.rglob("*"))

@@ -1,0 +1,318 @@
+"""What a run is: the options, how they are read, and which combinations make sense.
+
+`configs/base.yaml` explains every option and its unit. Relative paths in a configuration (`model.path`,
+`data.train_path`, `data.test_path`, `output_dir`) are relative to the current directory, not to the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import draccus
+import yaml
+
+from unisd_jax.config_loading import (
+    conform,
+    deep_merge,
+    flatten,
+    option_table,
+    parse_override,
+    read_tree,
+    show,
+    suggestion,
+    walk_options,
+)
+from unisd_jax.config_validation import LORA_TARGETS, check_values
+from unisd_jax.errors import ConfigError
+
+# --- The options ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters: which projections, how wide."""
+
+    rank: int = 64
+    alpha: float = 128.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The checkpoint, its precision and which of its weights are trained."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    trainable: Literal["lora", "full"] = "lora"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The task, its files and how long a prompt may be."""
+
+    task: Literal["short_answers", "jsonl"] = "short_answers"
+    train_path: str | None = None
+    test_path: str | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+    shuffle: bool = True
+    max_prompt_length: int = 512
+    overlong: Literal["drop", "error"] = "drop"
+    length_multiple: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """What the teacher is shown, and how its weights follow the student."""
+
+    condition: Literal["gold", "none"] = "gold"
+    placement: Literal["turns", "inline"] = "inline"
+    ema: bool = False
+    ema_sync_steps: int = 10
+    ema_decay: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """The loss and its denominator."""
+
+    loss: Literal["divergence", "nll"] = "divergence"
+    alpha: float = 0.0
+    normalize: Literal["batch", "sequence", "upstream"] = "batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How the student samples its completions."""
+
+    max_completion_length: int = 1024
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    mask_truncated_completions: bool = False
+    max_sampler_gap: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW and the learning rate's course."""
+
+    learning_rate: float = 2e-5
+    warmup_ratio: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How long, and how many examples at a time."""
+
+    steps: int = 100
+    batch_size: int = 16
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """How many devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Evaluation on the test items before and after training."""
+
+    enabled: bool = True
+    batch_size: int = 16
+    max_completion_length: int = 1024
+    drift_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How often a checkpoint is written and how many are kept."""
+
+    every: int = 50
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions:
+    """What is recorded beside the metrics."""
+
+    samples: int = 8
+    wandb: bool = False
+    wandb_project: str = "unisd_jax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    name: str = "run"
+    output_dir: str = "runs"
+    seed: int = 0
+    mode: Literal["plain", "ema", "sft"] = "plain"
+    model: ModelOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+
+
+# --- Reading and writing ---
+
+# Where a run is kept and what is said about it; these may change when a run is resumed.
+_NOT_HASHED = ("name", "output_dir", "logging", "checkpoint")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with dotted overrides such as `--train.steps=20` on top.
+
+    The file may have a top-level key `inherit` (a path or a list of paths, relative to the file): those files
+    are merged first, mappings recursively, scalars and lists replaced, later ones winning. The value of an
+    override is YAML. Paths inside the configuration stay as written: relative to the current directory.
+
+    Raises:
+      ConfigError: unreadable file, unknown option, wrong type, value out of range, switches that contradict
+        the mode.
+    """
+    tree = read_tree(Path(path))
+    for text in overrides:
+        tree = deep_merge(tree, parse_override(text, Config))
+    config = draccus.decode(Config, conform(Config, tree, Config))
+    validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, lists and scalars: every option, in the order of declaration."""
+    return conform(Config, asdict(config), Config)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML text that `load_config` reads back as an equal configuration."""
+    # Not allow_unicode: PyYAML would fold a string with a "next line" character and lose it.
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: Config) -> str:
+    """12 hexadecimal digits that name the run's numbers: two runs with the same hash compute the same thing.
+
+    The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `logging.*` and
+    `checkpoint.*`.
+    """
+    defining = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
+    return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Lines such as `train.steps: 10 -> 20`, one for each option in which two `to_dict` results differ."""
+    old, new = flatten(a), flatten(b)
+    absent = object()
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key, absent), new.get(key, absent)
+        if before != after:
+            shown = ["(absent)" if value is absent else show(value) for value in (before, after)]
+            lines.append(f"{key}: {shown[0]} -> {shown[1]}")
+    return lines
+
+
+def validate(config: Config) -> None:
+    """Checks what types cannot say: ranges, divisibility, and that the switches fit the mode.
+
+    Raises:
+      ConfigError: the first thing wrong, in one line that names the option.
+    """
+    check_values(flatten(to_dict(config)))
+
+
+# --- The command line ---
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What an entry point was asked to do."""
+
+    config: Config
+    dry_run: bool
+    print_config: bool
+
+
+def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
+    """Reads `--config FILE [--a.b=c ...] [--dry-run] [--print-config]`; `--help` prints the usage and exits.
+
+    Args:
+      argv: the words after the program's name.
+      prog: how the program is called, for the help text.
+
+    Raises:
+      ConfigError: any other word, no file, or a configuration that `load_config` refuses.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(_help(prog))
+        raise SystemExit(0)
+    path, flags, overrides = None, set(), []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--dry-run", "--print-config"):
+            if equals:
+                raise ConfigError(f"{name} takes no value, found {show(word)}")
+            flags.add(name)
+        elif name == "--config":
+            if path is not None:
+                raise ConfigError("--config was given twice; use the key inherit to combine files")
+            path = value if equals else next(words, "")
+            if not path or path.startswith("--"):
+                raise ConfigError("--config needs a file: --config configs/quickstart.yaml")
+        elif name.startswith("--") and equals:
+            overrides.append(word)
+        else:
+            raise ConfigError(_bad_word(word))
+    if path is None:
+        raise ConfigError(f"--config FILE is missing; {prog} --help shows the usage")
+    return CommandLine(load_config(path, overrides), "--dry-run" in flags, "--print-config" in flags)
+
+
+def _bad_word(word: str) -> str:
+    known = ["--config", "--dry-run", "--print-config", "--help"]
+    names = [f"--{name}" for name, _, _ in walk_options(Config)]
+    if word in names:
+        return f"{word} needs its value after an equals sign: {word}=VALUE"
+    return f"expected --section.option=value, found {show(word)}" + suggestion(word, known + names)
+
+
+def _help(prog: str) -> str:
+    """The usage and every option by section, with its type and default."""
+    lines = [
+        f"usage: {prog} --config FILE [--section.option=value ...] [--dry-run] [--print-config]",
+        "",
+        "  --config FILE             YAML configuration; configs/base.yaml explains every option",
+        "  --section.option=value    replaces one option; the value is YAML: --model.lora.targets=[q,v]",
+        "  --dry-run                 check and build everything, then stop before the first step",
+        "  --print-config            print the resolved configuration and stop",
+        "  --help                    this text",
+        "",
+        "Options with their defaults (a configuration file usually inherits others, so print it to be sure):",
+    ]
+    return "\n".join(lines + option_table(Config))

@@ -1,0 +1,92 @@
+"""Text to token ids, once: the tokenizer's chat template, the turn's end, the stop ids."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from unisd_jax.errors import UserError
+
+
+class Chat:
+    """A tokenizer with its chat template. The same object serves training and evaluation."""
+
+    def __init__(self, tokenizer: Any, stop_ids: tuple[int, ...]):
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The messages followed by the header of the assistant's turn."""
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        )
+
+    def reply_ids(self, messages: list[dict[str, str]], reply: str) -> list[int]:
+        """`reply` as the assistant would have produced it after `messages`, with the token that ends the turn.
+
+        Raises:
+          UserError: the template does not continue its own prompt, or closes no turn.
+        """
+        prompt = self.prompt_ids(messages)
+        whole = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": reply}], tokenize=True, return_dict=True
+        )["input_ids"]
+        if list(whole[: len(prompt)]) != prompt:
+            raise UserError(
+                "chat template: a prompt with its reply does not begin with the prompt's own tokens"
+            )
+        rest = list(whole[len(prompt) :])
+        ends = [index for index, token in enumerate(rest) if token in self.stop_ids]
+        if not ends:
+            raise UserError(f"chat template: no stop token {self.stop_ids} after the assistant's reply")
+        return rest[: ends[0] + 1]
+
+    def text(self, ids: list[int]) -> str:
+        """What a reader sees: special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_chat(path: str | Path) -> Chat:
+    """The tokenizer of a checkpoint directory.
+
+    The stop ids are the union of the tokenizer's EOS and those of `generation_config.json` and `config.json`.
+
+    Raises:
+      UserError: no tokenizer there, no chat template, or no EOS.
+    """
+    # transformers announces at import that torch is missing, which is as it should be here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    if not (path / "tokenizer_config.json").exists():
+        raise UserError(
+            f"model.path: {path} has no tokenizer_config.json; expected a chat model's tokenizer there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: the tokenizer in {path} cannot be loaded ({reason})") from None
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model.path: the tokenizer in {path} has no chat template; use a chat (instruct) model"
+        )
+    stop_ids = _stop_ids(path, tokenizer.eos_token_id)
+    if not stop_ids:
+        raise UserError(
+            f"model.path: neither the tokenizer nor generation_config.json in {path} names an EOS token"
+        )
+    return Chat(tokenizer, stop_ids)
+
+
+def _stop_ids(path: Path, eos: int | None) -> tuple[int, ...]:
+    found = set() if eos is None else {eos}
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).exists():
+            value = json.loads((path / name).read_text()).get("eos_token_id")
+            found |= set(value) if isinstance(value, list) else set() if value is None else {value}
+    return tuple(sorted(found))

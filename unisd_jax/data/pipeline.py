@@ -1,0 +1,96 @@
+"""Items to tokenised examples to batches, in an order that a checkpoint can resume exactly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+
+from unisd_jax.data.chat import Chat
+from unisd_jax.data.tasks.base import Item
+from unisd_jax.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+class Example(NamedTuple):
+    """One item as token ids: the prompts of its views and its gold completion (with the stop token)."""
+
+    item: Item
+    student: list[int]
+    teacher: list[int]
+    gold: list[int]
+
+
+def tokenize(
+    items: Sequence[Item],
+    chat: Chat,
+    *,
+    student_messages: Callable[[Item], Messages],
+    teacher_messages: Callable[[Item], Messages],
+    max_prompt_length: int,
+    max_gold_length: int | None = None,
+    overlong: str = "drop",
+) -> tuple[list[Example], int]:
+    """Tokenises every item; returns the examples and how many were dropped.
+
+    An item is too long if a prompt has more than `max_prompt_length` tokens or, where that is set, its gold completion
+    more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut.
+
+    Raises:
+      UserError: an item is too long and `overlong` is "error", or none is left.
+    """
+    examples, dropped = [], 0
+    for item in items:
+        messages = student_messages(item)
+        example = Example(
+            item,
+            chat.prompt_ids(messages),
+            chat.prompt_ids(teacher_messages(item)),
+            chat.reply_ids(messages, item.completion),
+        )
+        reason = _too_long(example, max_prompt_length, max_gold_length)
+        if reason is None:
+            examples.append(example)
+        elif overlong == "error":
+            raise UserError(f"item {item.id}: {reason}; raise the limit, or set data.overlong to drop")
+        else:
+            dropped += 1
+    if items and not examples:
+        raise UserError(
+            f"all {len(items)} items are too long (data.max_prompt_length is {max_prompt_length}): nothing is left"
+        )
+    return examples, dropped
+
+
+def batches(
+    examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool
+) -> Iterator[list[Example]]:
+    """An endless iterator over batches, reshuffled every pass; `get_state` and `set_state` save and restore its place.
+
+    Raises:
+      UserError: fewer examples than one batch needs.
+    """
+    if len(examples) < batch_size:
+        raise UserError(
+            f"train.batch_size is {batch_size}, but there are only {len(examples)} training items"
+        )
+    dataset = grain.MapDataset.source(range(len(examples))).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat().batch(
+        batch_size, batch_fn=lambda indices: [examples[index] for index in indices]
+    )
+    # One reading thread: items are already in memory, and more would only race with the training threads.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _too_long(example: Example, max_prompt_length: int, max_gold_length: int | None) -> str | None:
+    sizes: list[tuple[str, Any, int | None, str]] = [
+        ("the student's prompt", example.student, max_prompt_length, "data.max_prompt_length"),
+        ("the teacher's prompt", example.teacher, max_prompt_length, "data.max_prompt_length"),
+        ("the gold completion", example.gold, max_gold_length, "rollout.max_completion_length"),
+    ]
+    for what, ids, limit, option in sizes:
+        if limit is not None and len(ids) > limit:
+            return f"{what} has {len(ids)} tokens, {option} is {limit}"
+    return None

@@ -1,0 +1,71 @@
+"""The embedded task: short questions to be answered in one fixed JSON form that the question states.
+
+The data are made by `scripts/make_short_answers.py`. A small chat model answers most of these questions in a sentence
+and ignores the form, so that exact match starts near zero and rises with what the student takes from its teacher.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from unisd_jax.data.tasks import jsonl
+from unisd_jax.data.tasks.base import Item, Task
+from unisd_jax.errors import ConfigError
+
+FORM = 'Fill in: {"answer": "___"}'
+
+
+def embedded_path(split: str) -> Path:
+    """The package's own file of "train" or "test".
+
+    Raises:
+      ConfigError: there is no such split.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"task 'short_answers' has no split {split!r}, expected 'train' or 'test'")
+    return Path(__file__).with_name(f"short_answers_{split}.jsonl")
+
+
+def load(split: str, path: Path | None) -> list[Item]:
+    """The items of the embedded split, or of a file of the same format: `question`, `answer` and optionally `id`.
+
+    Raises:
+      ConfigError: `split` is not "train" or "test" and no file was given.
+      UserError: the file is missing or malformed; the message names file and line.
+    """
+    records = jsonl.read_records(embedded_path(split) if path is None else Path(path), ("question", "answer"))
+    return [_item(fields) for _, fields in records]
+
+
+def grade(text: str, item: Item) -> dict[str, float]:
+    """Score one reply.
+
+    Returns:
+      exact: the whole reply is the form and its answer is right, case and outer white space aside.
+      form: the whole reply is a JSON object whose only key is "answer", with a string.
+      contains: the answer stands somewhere in the reply as whole words, case aside.
+    """
+    given = _parse_form(text)
+    right = given is not None and given.strip().casefold() == item.answer.strip().casefold()
+    anywhere = re.search(rf"(?<!\w){re.escape(item.answer.strip())}(?!\w)", text, re.IGNORECASE)
+    return {"exact": float(right), "form": float(given is not None), "contains": float(anywhere is not None)}
+
+
+def _item(fields: dict[str, str]) -> Item:
+    completion = json.dumps({"answer": fields["answer"]}, ensure_ascii=False)
+    return Item(fields["id"], f"{fields['question']} {FORM}", completion, fields["answer"])
+
+
+def _parse_form(text: str) -> str | None:
+    """The answer inside a reply that is exactly the form, else None."""
+    try:
+        pairs = json.loads(text.strip(), object_pairs_hook=list)  # a list of pairs, so that a repeated key is seen
+    except (ValueError, RecursionError):
+        return None
+    match pairs:
+        case [("answer", str(given))]:
+            return given
+    return None
+
+
+TASK = Task("short_answers", load, grade)

@@ -1,0 +1,198 @@
+"""Everything a run needs, built from its configuration: model, data, sampler, optimizer, compiled step."""
+
+import dataclasses
+import functools
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unisd_jax.config import Config
+from unisd_jax.data.chat import Chat, load_chat
+from unisd_jax.data.pipeline import Example, tokenize
+from unisd_jax.data.tasks import get_task
+from unisd_jax.data.tasks.base import Item, Task
+from unisd_jax.errors import UserError
+from unisd_jax.losses import Objective
+from unisd_jax.models import Model, init_lora, load_hf, merge
+from unisd_jax.models.layout import place
+from unisd_jax.optim import adamw, learning_rate_schedule
+from unisd_jax.parallel.mesh import build_mesh
+from unisd_jax.random import purpose_key
+from unisd_jax.rollout import JaxSampler, Sampling
+from unisd_jax.step import StepSettings, init_state, weights
+from unisd_jax.teacher import student_messages, teacher_messages
+from unisd_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run. `base` are the weights it starts from; `dropped` counts training items that were too long."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    model: Model
+    base: dict[str, Any]
+    chat: Chat
+    task: Task
+    train: list[Example]
+    test: list[Example]
+    dropped: int
+    sampler: JaxSampler
+    sampling: Sampling
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    settings: StepSettings
+
+
+def build(config: Config) -> Experiment:
+    """Loads the data first, then the tokenizer, then the weights: what is cheap to get wrong fails first.
+
+    Raises:
+      UserError: data, checkpoint or mesh cannot be used; the message names the option.
+    """
+    task = get_task(config.data.task)
+    items = {split: _load_items(config, task, split) for split in ("train", "test")}
+    mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    chat = load_chat(config.model.path)
+    train, dropped = _tokenize(config, chat, items["train"])
+    # A test item that does not fit would change what is measured: never dropped.
+    test, _ = _tokenize(config, chat, items["test"], overlong="error")
+    model, base = load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
+    _check_lengths(config, model)
+    schedule = learning_rate_schedule(
+        config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
+        schedule=config.optimizer.schedule,
+    )  # fmt: skip
+    rollout = config.rollout
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        model=model,
+        base=base,
+        chat=chat,
+        task=task,
+        train=train,
+        test=test,
+        dropped=dropped,
+        sampler=JaxSampler(model),
+        sampling=Sampling(
+            rollout.max_completion_length,
+            chat.stop_ids,
+            chat.pad_id,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            rollout.min_p,
+        ),  # fmt: skip
+        schedule=schedule,
+        optimizer=adamw(
+            schedule,
+            b1=config.optimizer.b1,
+            b2=config.optimizer.b2,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            max_grad_norm=config.optimizer.max_grad_norm,
+        ),  # fmt: skip
+        settings=step_settings(config),
+    )
+
+
+def step_settings(config: Config) -> StepSettings:
+    """The static settings of the train step that a configuration asks for."""
+    options = config.objective
+    objective = Objective(options.loss, options.alpha, options.normalize, config.rollout.temperature)
+    decay = config.teacher.ema_decay if config.teacher.ema else None
+    return StepSettings(objective, config.train.micro_batches, decay, config.teacher.ema_sync_steps)
+
+
+def new_state(experiment: Experiment) -> TrainState:
+    """The train state before the first step, placed on the mesh."""
+    config, options = experiment.config, experiment.config.model.lora
+    if config.model.trainable == "lora":
+        key = purpose_key(config.seed, 0, "adapter_init")
+        student = init_lora(
+            key, experiment.base, rank=options.rank, alpha=options.alpha, targets=options.targets
+        )
+    else:
+        student = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), experiment.base)
+    state = init_state(student, experiment.optimizer, experiment.settings)
+    return place(state, experiment.mesh)
+
+
+def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
+    """The student's weights as one plain parameter tree; adapters are merged into a copy."""
+    return merge(*weights(state.student, experiment.base))
+
+
+def environment() -> dict[str, Any]:
+    """What a number was measured with: versions, device, commit."""
+    names = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "transformers",
+        "unisd-jax",
+    )
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
+    device = jax.devices()[0]
+    return {
+        "versions": versions,
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores",
+        "commit": _commit(),
+    }
+
+
+def _load_items(config: Config, task: Task, split: str) -> list[Item]:
+    path, limit = getattr(config.data, f"{split}_path"), getattr(config.data, f"{split}_limit")
+    return task.load(split, None if path is None else Path(path))[:limit]
+
+
+def _tokenize(config: Config, chat: Chat, items: list[Item], overlong: str | None = None):
+    teacher = functools.partial(
+        teacher_messages, condition=config.teacher.condition, placement=config.teacher.placement
+    )
+    return tokenize(
+        items,
+        chat,
+        student_messages=lambda item: student_messages(item.prompt),
+        teacher_messages=lambda item: teacher(item.prompt, item.completion),
+        max_prompt_length=config.data.max_prompt_length,
+        max_gold_length=config.rollout.max_completion_length if config.objective.loss == "nll" else None,
+        overlong=overlong or config.data.overlong,
+    )
+
+
+def _check_lengths(config: Config, model: Model) -> None:
+    completion = max(config.rollout.max_completion_length, config.evaluation.max_completion_length)
+    needed = config.data.max_prompt_length + completion
+    if needed > model.config.max_position:
+        raise UserError(
+            f"data.max_prompt_length + max_completion_length is {needed} tokens, the model reads at most "
+            f"{model.config.max_position}; lower one of them"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

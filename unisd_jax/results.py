@@ -1,0 +1,144 @@
+"""The run directory: what is written there at the start and at the end, and reading it back."""
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from unisd_jax import config as configuration
+from unisd_jax.config import Config
+from unisd_jax.errors import ConfigError
+from unisd_jax.eval.runner import Evaluation
+from unisd_jax.eval.statistics import paired_bootstrap
+from unisd_jax.experiment import Experiment, environment
+from unisd_jax.io import write_text_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run came to; `before`, `after` and `gain` are fractions of exact match (None without evaluation)."""
+
+    run_dir: Path
+    before: float | None
+    after: float | None
+    gain: float | None
+    gain_interval: tuple[float, float] | None
+    details: dict[str, Any]
+
+
+def open_run_dir(config: Config) -> Path:
+    """`output_dir/name`, with the resolved configuration in it.
+
+    Raises:
+      ConfigError: the directory belongs to a run with other numbers; the message lists the options that differ.
+    """
+    run_dir = Path(config.output_dir) / config.name
+    path = run_dir / "config.yaml"
+    if path.exists():
+        try:
+            earlier = yaml.safe_load(path.read_text())["config"]
+        except (yaml.YAMLError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path} is not a resolved configuration; choose another name or output_dir"
+            ) from None
+        lines = configuration.difference(earlier, configuration.to_dict(config))
+        lines = [
+            line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))
+        ]
+        if lines:
+            raise ConfigError(
+                f"{run_dir} holds a run with other options ({'; '.join(lines)}); choose another name or output_dir"
+            )
+    return_to = {"config_hash": configuration.config_hash(config), "config": configuration.to_dict(config)}
+    write_text_atomic(path, yaml.safe_dump(return_to, sort_keys=False, allow_unicode=True))
+    return run_dir
+
+
+def write_samples(
+    run_dir: Path, experiment: Experiment, before: Evaluation | None, after: Evaluation | None
+) -> None:
+    """The first test items with their replies before and after, as JSON lines."""
+    if before is None or after is None:
+        return
+    lines = []
+    for index, example in enumerate(experiment.test[: experiment.config.logging.samples]):
+        sample = {
+            "id": example.item.id,
+            "prompt": example.item.prompt,
+            "gold": example.item.completion,
+            "before": before.replies[index],
+            "after": after.replies[index],
+            "exact_before": before.grades[index]["exact"],
+            "exact_after": after.grades[index]["exact"],
+        }
+        lines.append(json.dumps(sample, ensure_ascii=False))
+    write_text_atomic(run_dir / "samples.jsonl", "".join(line + "\n" for line in lines))
+
+
+def summary(
+    experiment: Experiment,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    drift: float | None,
+    seconds: dict,
+) -> dict[str, Any]:
+    """The contents of result.json."""
+    config = experiment.config
+    result = {
+        "name": config.name,
+        "mode": config.mode,
+        "model": config.model.path,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "items": len(experiment.test),
+        "config_hash": configuration.config_hash(config),
+        "before": None,
+        "after": None,
+        "gain": None,
+        "gain_interval": None,
+        "drift": drift,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    } | environment()
+    if before is not None and after is not None:
+        exact = [[grade["exact"] for grade in evaluation.grades] for evaluation in (before, after)]
+        gain = paired_bootstrap(np.array(exact[0]), np.array(exact[1]), seed=config.seed)
+        result |= {
+            "before": before.means["exact"],
+            "after": after.means["exact"],
+            "gain": gain.mean,
+            "gain_interval": [gain.low, gain.high],
+            "before_metrics": before.means,
+            "after_metrics": after.means,
+        }
+    return result
+
+
+def read_result(run_dir: Path) -> RunResult:
+    """The result of a complete run."""
+    details = json.loads((run_dir / "result.json").read_text())
+    interval = details["gain_interval"]
+    return RunResult(
+        run_dir,
+        details["before"],
+        details["after"],
+        details["gain"],
+        tuple(interval) if interval else None,
+        details,
+    )
+
+
+def print_result(result: RunResult) -> None:
+    """The few lines a user waits for."""
+    print(f"\nreport: {result.run_dir / 'report.md'}")
+    print(f"trained model (Hugging Face format): {result.run_dir / 'hf'}")
+    if result.gain is not None and result.gain_interval is not None:
+        low, high = result.gain_interval
+        print(
+            f"exact match on {result.details['items']} test items: {result.before:.1%} -> {result.after:.1%}, "
+            f"gain {100 * result.gain:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f})"
+        )

@@ -1,0 +1,297 @@
+"""Train a model on its own answers: `python -m unisd_jax.train --config FILE [--a.b=c ...]`.
+
+The whole method in three jumps: `run` below → `step.train_step` → `losses.objective`. A run directory holds everything
+that is known about a run; the same command continues it after any interruption, to the same numbers.
+"""
+
+import functools
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from unisd_jax import config as configuration
+from unisd_jax.checkpoint import Checkpoints
+from unisd_jax.config import Config
+from unisd_jax.data.batching import pad_completions, pad_prompts
+from unisd_jax.data.pipeline import Example, batches
+from unisd_jax.errors import UserError
+from unisd_jax.eval.retention import drift_from_base
+from unisd_jax.eval.runner import Evaluation, evaluate_examples
+from unisd_jax.experiment import Experiment, build, new_state, student_params
+from unisd_jax.interrupt import Interrupted, stop_on_signal
+from unisd_jax.io import write_json_atomic
+from unisd_jax.metrics import MetricsWriter
+from unisd_jax.models import save_hf
+from unisd_jax.parallel.sharding import batch_sharding, jit_step
+from unisd_jax.random import purpose_key
+from unisd_jax.report import write_report
+from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_samples
+from unisd_jax.step import train_step
+from unisd_jax.types import Completions, Prompts, TrainState, Views
+
+INTERRUPTED = 130
+
+
+def run(config: Config) -> RunResult:
+    """Trains, evaluates before and after, and writes the run directory; continues an earlier run of the same config.
+
+    Raises:
+      UserError: bad input, weights that cannot be used, a loss that is not finite.
+      Interrupted: stopped by SIGINT or SIGTERM after saving.
+    """
+    run_dir = open_run_dir(config)
+    if (run_dir / "result.json").exists():
+        print(f"{run_dir} is complete; delete it or choose another name to run again")
+        return read_result(run_dir)
+    started = time.monotonic()
+    experiment = build(config)
+    timer = {"setup": time.monotonic() - started}
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    try:
+        state = new_state(experiment)
+        data = training_batches(experiment)
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state = restored.state
+            data.set_state(restored.data)
+        with timed(timer, "evaluation"):
+            before = evaluate_before(experiment, run_dir)
+        with timed(timer, "training"):
+            state = train(experiment, state, data, checkpoints, run_dir)
+    finally:
+        checkpoints.close()
+    trained = student_params(experiment, state)
+    with timed(timer, "evaluation"):
+        after = evaluate(experiment, trained, config.train.steps) if config.evaluation.enabled else None
+        drift = measure_drift(experiment, trained)
+    with timed(timer, "export"):
+        save_hf(run_dir / "hf", experiment.model, trained, source=config.model.path)
+    write_samples(run_dir, experiment, before, after)
+    timer["total"] = time.monotonic() - started
+    write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer))
+    write_report(run_dir)
+    return read_result(run_dir)
+
+
+def train(
+    experiment: Experiment, state: TrainState, data: Iterator, checkpoints: Checkpoints, run_dir: Path
+) -> TrainState:
+    """Steps from `state.step` to `train.steps`, saving every `checkpoint.every` steps, on a signal, and at the end."""
+    config = experiment.config
+    step_fn = functools.partial(
+        train_step, model=experiment.model, optimizer=experiment.optimizer, settings=experiment.settings
+    )
+    step_fn = jit_step(step_fn, state, experiment.mesh)
+    options = {"project": config.logging.wandb_project, "config": configuration.to_dict(config)}
+    record = {"config_hash": configuration.config_hash(config), "policy_version": 0}
+    writer = MetricsWriter(
+        run_dir,
+        total_steps=config.train.steps,
+        name=config.name,
+        wandb=options if config.logging.wandb else None,
+    )
+
+    def save():
+        step = int(state.step)
+        checkpoints.save(state, data=data.get_state(), record=record | {"policy_version": step})
+
+    with writer, stop_on_signal() as stop:
+        checkpoints.say = writer.message
+        writer.truncate_after(int(state.step))
+        while int(state.step) < config.train.steps:
+            started, step = time.monotonic(), int(state.step)
+            examples = next(data)
+            views = collect_views(experiment, state, examples)
+            collected = time.monotonic()
+            state, metrics = step_fn(
+                state, experiment.base, jax.device_put(views, batch_sharding(experiment.mesh))
+            )
+            metrics = {name: float(value) for name, value in metrics.items()}
+            check_metrics(metrics, config, step + 1, examples, checkpoints)
+            metrics |= host_metrics(experiment, views, step, started, collected)
+            writer.log(step + 1, metrics)
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
+                save()
+            if stop.requested and step + 1 < config.train.steps:
+                save()
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped after step {step + 1}, which is saved; the same command continues"
+                )
+    checkpoints.wait()
+    return state
+
+
+def training_batches(experiment: Experiment) -> Iterator[list[Example]]:
+    """The batches of training examples, in an order fixed by the seed."""
+    config = experiment.config
+    return batches(
+        experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle
+    )
+
+
+def collect_views(experiment: Experiment, state: TrainState, examples: Sequence[Example]) -> Views:
+    """The views of one batch: the student's own samples under the current policy, or the gold completions (nll)."""
+    config, chat = experiment.config, experiment.chat
+    pad = functools.partial(pad_prompts, pad_id=chat.pad_id, multiple=config.data.length_multiple)
+    student = Prompts(*pad([example.student for example in examples]))
+    if config.objective.loss == "nll":
+        gold = [example.gold for example in examples]
+        length = config.rollout.max_completion_length
+        completions = Completions(*pad_completions(gold, pad_id=chat.pad_id, length=length))
+        return Views(student, None, completions, None)
+    step = int(state.step)
+    experiment.sampler.publish(student_params(experiment, state), step)
+    key = purpose_key(config.seed, step, "rollout")
+    rollout = experiment.sampler.generate(
+        student.ids, student.mask, experiment.sampling, key=key, version=step
+    )
+    mask = np.asarray(rollout.mask)
+    if config.rollout.mask_truncated_completions:
+        mask = mask & np.asarray(rollout.stopped)[:, None]
+    teacher = Prompts(*pad([example.teacher for example in examples]))
+    return Views(student, teacher, Completions(np.asarray(rollout.ids), mask), np.asarray(rollout.logps))
+
+
+def check_metrics(
+    metrics: dict[str, float],
+    config: Config,
+    step: int,
+    examples: Sequence[Example],
+    checkpoints: Checkpoints,
+) -> None:
+    """Stops before a wrong state is saved: a loss or gradient that is not finite, or a sampler that has left the policy.
+
+    Raises:
+      UserError: names the step and the items of its batch.
+    """
+    items = ", ".join(example.item.id for example in examples)
+    checkpoints.wait()
+    kept = f"last good checkpoint: {'none' if checkpoints.latest_step is None else f'step {checkpoints.latest_step}'}"
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(metrics[name]):
+            raise UserError(
+                f"step {step}: {name} is {metrics[name]}; {kept}; lower optimizer.learning_rate or look at the batch: {items}"
+            )
+    gap, limit = metrics.get("sampler_gap", 0.0), config.rollout.max_sampler_gap
+    if gap > limit:
+        raise UserError(
+            f"step {step}: sampler and trainer differ by {gap:.3g} nats per token (rollout.max_sampler_gap is {limit}): "
+            f"the rollouts are not the policy's own; {kept}"
+        )
+
+
+def host_metrics(
+    experiment: Experiment, views: Views, step: int, started: float, collected: float
+) -> dict[str, float]:
+    """What only the host knows of a step: times, lengths, learning rate, memory."""
+    mask = np.asarray(views.completions.mask)
+    last = np.take_along_axis(views.completions.ids, np.maximum(mask.sum(1) - 1, 0)[:, None], axis=1)[:, 0]
+    stopped = float(np.mean(np.isin(last, experiment.chat.stop_ids)))
+    now = time.monotonic()
+    return {
+        "learning_rate": float(experiment.schedule(step)),
+        "eos_rate": stopped,
+        "truncated_share": 1.0 - stopped,
+        "tokens_per_second": float(mask.sum()) / (now - started),
+        "seconds_rollout": collected - started,
+        "seconds_update": now - collected,
+        "seconds_step": now - started,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "policy_version": step,
+        "prompts_dropped": experiment.dropped,
+    }
+
+
+def evaluate(experiment: Experiment, params: dict[str, Any], version: int) -> Evaluation:
+    """The test items, answered greedily without a demonstration."""
+    options = experiment.config.evaluation
+    return evaluate_examples(
+        experiment.sampler, experiment.model, params, experiment.test, experiment.chat, experiment.task,
+        version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
+        length_multiple=experiment.config.data.length_multiple,
+    )  # fmt: skip
+
+
+def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
+    """The starting point's evaluation; kept in the run directory, so that a resumed run does not repeat it."""
+    if not experiment.config.evaluation.enabled:
+        return None
+    path = run_dir / "before.json"
+    if not path.exists():
+        print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
+        write_json_atomic(path, evaluate(experiment, experiment.base, 0)._asdict())
+    return Evaluation(**json.loads(path.read_text()))
+
+
+def measure_drift(experiment: Experiment, trained: dict[str, Any]) -> float | None:
+    """Mean token JSD from the base model on unrelated prompts, in nats; None if it is switched off."""
+    tokens = experiment.config.evaluation.drift_tokens
+    if tokens == 0:
+        return None
+    return drift_from_base(
+        experiment.sampler, experiment.model, experiment.base, trained, experiment.chat, max_completion_length=tokens,
+        length_multiple=experiment.config.data.length_multiple,
+    )  # fmt: skip
+
+
+@contextmanager
+def timed(timer: dict[str, float], name: str):
+    """Adds the seconds of the block to `timer[name]`."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        timer[name] = timer.get(name, 0.0) + time.monotonic() - started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        command = configuration.parse_command_line(
+            sys.argv[1:] if argv is None else argv, "python -m unisd_jax.train"
+        )
+        if command.print_config:
+            print(configuration.to_yaml(command.config), end="")
+            return 0
+        if command.dry_run:
+            dry_run(command.config)
+            return 0
+        result = run(command.config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(
+            f"interrupted: {error or 'the same command continues from the last checkpoint'}", file=sys.stderr
+        )
+        return INTERRUPTED
+    print_result(result)
+    return 0
+
+
+def dry_run(config: Config) -> None:
+    """Builds everything and says what would be run."""
+    experiment = build(config)
+    state = new_state(experiment)
+    trainable, total = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base)
+    )
+    print(f"{config.mode} on {config.model.path}: {trainable:,} trainable of {total:,} parameters")
+    print(
+        f"{len(experiment.train)} training items ({experiment.dropped} too long, dropped), {len(experiment.test)} test items"
+    )
+    print(f"{config.train.steps} steps of {config.train.batch_size} completions; nothing was run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
