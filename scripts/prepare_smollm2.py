@@ -74,7 +74,13 @@ def hf_name(name: str) -> str:
     if name in TOP_LEVEL_NAMES:
         return TOP_LEVEL_NAMES[name]
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in BLOCK_NAMES and parts[3] == "weight":
+    if (
+        len(parts) == 4
+        and parts[0] == "blk"
+        and parts[1].isdigit()
+        and parts[2] in BLOCK_NAMES
+        and parts[3] == "weight"
+    ):
         return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}.weight"
     raise UserError(f"tensor {name!r} in the GGUF file is not part of a Llama model with tied embeddings")
 
@@ -258,7 +264,9 @@ def check_target(out: Path) -> None:
         raise UserError(f"{out} is a file, expected a folder or nothing; choose another --out")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
     if foreign:
-        raise UserError(f"{out} is not a complete checkpoint and holds other files ({foreign[0]}); choose another --out")
+        raise UserError(
+            f"{out} is not a complete checkpoint and holds other files ({foreign[0]}); choose another --out"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < SPACE_NEEDED:
@@ -295,7 +303,9 @@ def prepare(out: Path) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line on stderr when something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the checkpoint")
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the checkpoint"
+    )
     out = parser.parse_args(arguments).out
     try:
         made = prepare(out)

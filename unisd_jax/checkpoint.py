@@ -75,12 +75,8 @@ class Checkpoints:
                 return self._read(step, like)
             except UserError:
                 raise
-            except (
-                Exception
-            ) as error:  # whatever orbax, tensorstore or the file system make of a damaged file
-                problem = (
-                    str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-                )
+            except Exception as error:  # whatever orbax, tensorstore or the file system make of a damaged file
+                problem = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             self._move_aside(step, problem)
         if steps:
             raise UserError(
@@ -108,15 +104,11 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState) -> Restored:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise UserError(
-                f"{self.directory}/{step}: not a checkpoint of this program (format {FORMAT} expected)"
-            )
+            raise UserError(f"{self.directory}/{step}: not a checkpoint of this program (format {FORMAT} expected)")
         leaves = _named_leaves(like)
         _check_same_leaves(meta["checksums"], leaves, self.directory / str(step))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )["state"]
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         if checksums(found) != meta["checksums"]:
             raise ValueError("its arrays are not the ones that were saved")
         _, structure = jax.tree.flatten(like)
@@ -129,16 +121,13 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(self.directory / str(step), target)
         self._manager.reload()
-        self.say(
-            f"checkpoint of step {step} cannot be read ({problem}); moved to {target}, trying the one before"
-        )
+        self.say(f"checkpoint of step {step} cannot be read ({problem}); moved to {target}, trying the one before")
 
 
 def checksums(leaves: dict[str, jax.Array]) -> dict[str, list]:
     """Shape, dtype and the sum of the 32-bit words of every array: cheap, exact, and the same however it is sharded."""
     return {
-        name: [list(leaf.shape), str(leaf.dtype), int(_word_sum(jnp.asarray(leaf)))]
-        for name, leaf in leaves.items()
+        name: [list(leaf.shape), str(leaf.dtype), int(_word_sum(jnp.asarray(leaf)))] for name, leaf in leaves.items()
     }
 
 

@@ -45,6 +45,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         (
             "model.lora.alpha",
             "rollout.temperature",
+            "rollout.max_sampler_gap",
             "optimizer.learning_rate",
             "optimizer.eps",
             "optimizer.max_grad_norm",
@@ -107,14 +108,11 @@ def _check_lora_targets(targets: list[str]) -> None:
 def _check_batch(values: Mapping[str, Any]) -> None:
     batch, micro_batches = values["train.batch_size"], values["train.micro_batches"]
     if batch % micro_batches:
-        raise ConfigError(
-            f"train.batch_size ({batch}) must be divisible by train.micro_batches ({micro_batches})"
-        )
+        raise ConfigError(f"train.batch_size ({batch}) must be divisible by train.micro_batches ({micro_batches})")
     rows, shards = batch // micro_batches, values["mesh.data"] * values["mesh.fsdp"]
     if rows % shards:
         raise ConfigError(
-            f"train.batch_size / train.micro_batches ({rows}) must be divisible by "
-            f"mesh.data * mesh.fsdp ({shards})"
+            f"train.batch_size / train.micro_batches ({rows}) must be divisible by mesh.data * mesh.fsdp ({shards})"
         )
 
 

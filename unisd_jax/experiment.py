@@ -19,6 +19,7 @@ from unisd_jax.data.pipeline import Example, tokenize
 from unisd_jax.data.tasks import get_task
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import UserError
+from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Objective
 from unisd_jax.models import Model, init_lora, load_hf, merge
 from unisd_jax.models.layout import place
@@ -117,9 +118,7 @@ def new_state(experiment: Experiment) -> TrainState:
     config, options = experiment.config, experiment.config.model.lora
     if config.model.trainable == "lora":
         key = purpose_key(config.seed, 0, "adapter_init")
-        student = init_lora(
-            key, experiment.base, rank=options.rank, alpha=options.alpha, targets=options.targets
-        )
+        student = init_lora(key, experiment.base, rank=options.rank, alpha=options.alpha, targets=options.targets)
     else:
         student = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), experiment.base)
     state = init_state(student, experiment.optimizer, experiment.settings)
@@ -129,6 +128,16 @@ def new_state(experiment: Experiment) -> TrainState:
 def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
     """The student's weights as one plain parameter tree; adapters are merged into a copy."""
     return merge(*weights(state.student, experiment.base))
+
+
+def evaluate_test(experiment: Experiment, params: dict[str, Any], version: int) -> Evaluation:
+    """The test items, answered greedily without a demonstration."""
+    options = experiment.config.evaluation
+    return evaluate_examples(
+        experiment.sampler, experiment.model, params, experiment.test, experiment.chat, experiment.task,
+        version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
+        length_multiple=experiment.config.data.length_multiple,
+    )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

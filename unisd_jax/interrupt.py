@@ -4,6 +4,9 @@ import signal
 import sys
 from contextlib import contextmanager
 
+# The exit status of a program that stopped because it was asked to, as shells report SIGINT.
+INTERRUPTED = 130
+
 
 class Interrupted(Exception):
     """The user asked to stop; the state is saved."""

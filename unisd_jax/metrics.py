@@ -35,9 +35,7 @@ COLUMNS = {
     "tokens/s": "tokens_per_second",
 }
 _ROWS = 12  # steps that stay visible in the live table
-_RECENT = (
-    20  # step times whose median gives the time left: one slow step, as for a checkpoint, does not move it
-)
+_RECENT = 20  # step times whose median gives the time left: one slow step, as for a checkpoint, does not move it
 _WIDTH = 10  # of a plain column: the longest "%.4g" is "-1.234e-05"
 
 
@@ -175,9 +173,7 @@ class _Records:
             self._rewrite([record for record in read_metrics(self._path) if record["step"] <= step])
 
     def _rewrite(self, records: list[dict[str, Any]]) -> None:
-        write_text_atomic(
-            self._path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        )
+        write_text_atomic(self._path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 class _Screen:

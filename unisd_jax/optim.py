@@ -10,7 +10,7 @@ import optax
 def learning_rate_schedule(
     peak: float, *, steps: int, warmup_ratio: float, schedule: Literal["cosine", "constant"]
 ) -> optax.Schedule:
-    """Learning rate at the 0-based update i: peak·(i+1)/W for i < W = ⌈warmup_ratio·steps⌉, then constant or cosine to 0.
+    """Learning rate of the 0-based update i: peak·(i+1)/W for i < W = ⌈warmup_ratio·steps⌉, then the schedule.
 
     Unlike the usual warm-up the first update is not lost to a learning rate of 0.
     """

@@ -134,8 +134,7 @@ def _read_run(run_dir: Path) -> _Run:
     evaluated = result.get("gain") is not None
     reasons = {
         f"{RESULT_FILE}: the run has not finished, so there is no before and after": not result,
-        "exact match before and after: not in the result (evaluation.enabled=false)": result
-        and not evaluated,
+        "exact match before and after: not in the result (evaluation.enabled=false)": result and not evaluated,
         "drift: not measured (evaluation.drift_tokens=0)": evaluated and result.get("drift") is None,
         f"{METRICS_FILE}: no step was logged, so there are no curves": not records,
         f"{SAMPLES_FILE}: no samples (logging.samples=0, or the evaluation has not run)": not samples,

@@ -42,13 +42,9 @@ def open_run_dir(config: Config) -> Path:
         try:
             earlier = yaml.safe_load(path.read_text())["config"]
         except (yaml.YAMLError, TypeError, KeyError):
-            raise ConfigError(
-                f"{path} is not a resolved configuration; choose another name or output_dir"
-            ) from None
+            raise ConfigError(f"{path} is not a resolved configuration; choose another name or output_dir") from None
         lines = configuration.difference(earlier, configuration.to_dict(config))
-        lines = [
-            line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))
-        ]
+        lines = [line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))]
         if lines:
             raise ConfigError(
                 f"{run_dir} holds a run with other options ({'; '.join(lines)}); choose another name or output_dir"
@@ -58,9 +54,7 @@ def open_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def write_samples(
-    run_dir: Path, experiment: Experiment, before: Evaluation | None, after: Evaluation | None
-) -> None:
+def write_samples(run_dir: Path, experiment: Experiment, before: Evaluation | None, after: Evaluation | None) -> None:
     """The first test items with their replies before and after, as JSON lines."""
     if before is None or after is None:
         return

@@ -1,4 +1,4 @@
-"""The train step: score the views, form the objective, update student and teacher. Pure: state, batch → state, metrics."""
+"""The train step, pure: score the views, form the objective, update student and teacher."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from unisd_jax.losses import Objective, TokenScores, objective, reduction_weights
-from unisd_jax.models import Lora, Model
+from unisd_jax.models import Lora, Model, completion_hidden
 from unisd_jax.teacher import ema_update_measured, start_ema, weight_distance
-from unisd_jax.types import Completions, Prompts, TrainState, Views
+from unisd_jax.types import TrainState, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +95,6 @@ def weights(trainable: Any, base: dict[str, Any]) -> tuple[dict[str, Any], Lora 
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), trainable, base), None
 
 
-def completion_hidden(
-    model: Model, params: dict[str, Any], lora: Lora | None, prompts: Prompts, completions: Completions
-) -> Float[Array, "B T H"]:
-    """The states that predict each completion token; the last token itself is not fed."""
-    ids = jnp.concatenate([prompts.ids, completions.ids[:, :-1]], axis=1)
-    mask = jnp.concatenate([prompts.mask, completions.mask[:, :-1]], axis=1)
-    return model.hidden(params, ids, mask, lora=lora)[:, prompts.ids.shape[1] - 1 :]
-
-
 def token_metrics(scores: TokenScores, views: Views, settings: Objective) -> dict[str, Float[Array, ""]]:
     """Means over the completion tokens of the global batch; names and units in docs/metrics.md."""
     mask = views.completions.mask
@@ -120,6 +111,7 @@ def token_metrics(scores: TokenScores, views: Views, settings: Objective) -> dic
 
 
 def masked_mean(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over the tokens where `mask` holds; 0 if there are none."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 

@@ -25,9 +25,9 @@ from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError
 from unisd_jax.eval.retention import drift_from_base
-from unisd_jax.eval.runner import Evaluation, evaluate_examples
-from unisd_jax.experiment import Experiment, build, new_state, student_params
-from unisd_jax.interrupt import Interrupted, stop_on_signal
+from unisd_jax.eval.runner import Evaluation
+from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, student_params
+from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
 from unisd_jax.metrics import MetricsWriter
 from unisd_jax.models import save_hf
@@ -37,8 +37,6 @@ from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_samples
 from unisd_jax.step import train_step
 from unisd_jax.types import Completions, Prompts, TrainState, Views
-
-INTERRUPTED = 130
 
 
 def run(config: Config) -> RunResult:
@@ -71,7 +69,7 @@ def run(config: Config) -> RunResult:
         checkpoints.close()
     trained = student_params(experiment, state)
     with timed(timer, "evaluation"):
-        after = evaluate(experiment, trained, config.train.steps) if config.evaluation.enabled else None
+        after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None
         drift = measure_drift(experiment, trained)
     with timed(timer, "export"):
         save_hf(run_dir / "hf", experiment.model, trained, source=config.model.path)
@@ -112,9 +110,7 @@ def train(
             examples = next(data)
             views = collect_views(experiment, state, examples)
             collected = time.monotonic()
-            state, metrics = step_fn(
-                state, experiment.base, jax.device_put(views, batch_sharding(experiment.mesh))
-            )
+            state, metrics = step_fn(state, experiment.base, jax.device_put(views, batch_sharding(experiment.mesh)))
             metrics = {name: float(value) for name, value in metrics.items()}
             check_metrics(metrics, config, step + 1, examples, checkpoints)
             metrics |= host_metrics(experiment, views, step, started, collected)
@@ -124,9 +120,7 @@ def train(
             if stop.requested and step + 1 < config.train.steps:
                 save()
                 checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after step {step + 1}, which is saved; the same command continues"
-                )
+                raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
     checkpoints.wait()
     return state
 
@@ -134,9 +128,7 @@ def train(
 def training_batches(experiment: Experiment) -> Iterator[list[Example]]:
     """The batches of training examples, in an order fixed by the seed."""
     config = experiment.config
-    return batches(
-        experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle
-    )
+    return batches(experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
 
 
 def collect_views(experiment: Experiment, state: TrainState, examples: Sequence[Example]) -> Views:
@@ -152,9 +144,7 @@ def collect_views(experiment: Experiment, state: TrainState, examples: Sequence[
     step = int(state.step)
     experiment.sampler.publish(student_params(experiment, state), step)
     key = purpose_key(config.seed, step, "rollout")
-    rollout = experiment.sampler.generate(
-        student.ids, student.mask, experiment.sampling, key=key, version=step
-    )
+    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
     mask = np.asarray(rollout.mask)
     if config.rollout.mask_truncated_completions:
         mask = mask & np.asarray(rollout.stopped)[:, None]
@@ -169,7 +159,7 @@ def check_metrics(
     examples: Sequence[Example],
     checkpoints: Checkpoints,
 ) -> None:
-    """Stops before a wrong state is saved: a loss or gradient that is not finite, or a sampler that has left the policy.
+    """Stops before a wrong state is saved: loss or gradient not finite, or a sampler that has left the policy.
 
     Raises:
       UserError: names the step and the items of its batch.
@@ -180,19 +170,18 @@ def check_metrics(
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(metrics[name]):
             raise UserError(
-                f"step {step}: {name} is {metrics[name]}; {kept}; lower optimizer.learning_rate or look at the batch: {items}"
+                f"step {step}: {name} is {metrics[name]}; {kept}; "
+                f"lower optimizer.learning_rate or look at the batch: {items}"
             )
     gap, limit = metrics.get("sampler_gap", 0.0), config.rollout.max_sampler_gap
     if gap > limit:
         raise UserError(
-            f"step {step}: sampler and trainer differ by {gap:.3g} nats per token (rollout.max_sampler_gap is {limit}): "
-            f"the rollouts are not the policy's own; {kept}"
+            f"step {step}: sampler and trainer differ by {gap:.3g} nats per token (rollout.max_sampler_gap "
+            f"is {limit}): the rollouts are not the policy's own; {kept}"
         )
 
 
-def host_metrics(
-    experiment: Experiment, views: Views, step: int, started: float, collected: float
-) -> dict[str, float]:
+def host_metrics(experiment: Experiment, views: Views, step: int, started: float, collected: float) -> dict[str, float]:
     """What only the host knows of a step: times, lengths, learning rate, memory."""
     mask = np.asarray(views.completions.mask)
     last = np.take_along_axis(views.completions.ids, np.maximum(mask.sum(1) - 1, 0)[:, None], axis=1)[:, 0]
@@ -212,16 +201,6 @@ def host_metrics(
     }
 
 
-def evaluate(experiment: Experiment, params: dict[str, Any], version: int) -> Evaluation:
-    """The test items, answered greedily without a demonstration."""
-    options = experiment.config.evaluation
-    return evaluate_examples(
-        experiment.sampler, experiment.model, params, experiment.test, experiment.chat, experiment.task,
-        version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
-        length_multiple=experiment.config.data.length_multiple,
-    )  # fmt: skip
-
-
 def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
     """The starting point's evaluation; kept in the run directory, so that a resumed run does not repeat it."""
     if not experiment.config.evaluation.enabled:
@@ -229,7 +208,7 @@ def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
     path = run_dir / "before.json"
     if not path.exists():
         print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
-        write_json_atomic(path, evaluate(experiment, experiment.base, 0)._asdict())
+        write_json_atomic(path, evaluate_test(experiment, experiment.base, 0)._asdict())
     return Evaluation(**json.loads(path.read_text()))
 
 
@@ -257,9 +236,7 @@ def timed(timer: dict[str, float], name: str):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        command = configuration.parse_command_line(
-            sys.argv[1:] if argv is None else argv, "python -m unisd_jax.train"
-        )
+        command = configuration.parse_command_line(sys.argv[1:] if argv is None else argv, "python -m unisd_jax.train")
         if command.print_config:
             print(configuration.to_yaml(command.config), end="")
             return 0
@@ -271,9 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(
-            f"interrupted: {error or 'the same command continues from the last checkpoint'}", file=sys.stderr
-        )
+        print(f"interrupted: {error or 'the same command continues from the last checkpoint'}", file=sys.stderr)
         return INTERRUPTED
     print_result(result)
     return 0
@@ -283,13 +258,10 @@ def dry_run(config: Config) -> None:
     """Builds everything and says what would be run."""
     experiment = build(config)
     state = new_state(experiment)
-    trainable, total = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base)
-    )
+    trainable, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base))
     print(f"{config.mode} on {config.model.path}: {trainable:,} trainable of {total:,} parameters")
-    print(
-        f"{len(experiment.train)} training items ({experiment.dropped} too long, dropped), {len(experiment.test)} test items"
-    )
+    print(f"{len(experiment.train)} training items ({experiment.dropped} dropped as too long)")
+    print(f"{len(experiment.test)} test items")
     print(f"{config.train.steps} steps of {config.train.batch_size} completions; nothing was run")
 
 

@@ -1,4 +1,4 @@
-"""The pytrees that pass between data, rollout, scoring and the train step. B batch, P prompt tokens, T completion tokens."""
+"""The pytrees between data, rollout, scoring and the train step. B batch, P prompt tokens, T completion tokens."""
 
 from typing import Any, NamedTuple
 

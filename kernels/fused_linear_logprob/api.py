@@ -49,9 +49,7 @@ def fused_linear_logprob(
         case "reference" | "chunked":
             use_chunks = implementation == "chunked"
         case _:
-            raise ValueError(
-                f"implementation is {implementation!r}; expected 'auto', 'reference' or 'chunked'"
-            )
+            raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'chunked'")
     if use_chunks:
         return score_tokens_in_chunks(hidden, head, targets, temperature, chunk_size)
     return score_tokens(hidden, head, targets, temperature)

@@ -61,9 +61,7 @@ def refusal(path: Path, *overrides: str) -> str:
         load_config(path, overrides)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 400
-    assert caught.value.__cause__ is None and (
-        caught.value.__context__ is None or caught.value.__suppress_context__
-    )
+    assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
     return message
 
 
@@ -108,9 +106,7 @@ def test_quickstart_and_its_baseline_differ_only_in_what_is_compared():
 
 
 def test_inheritance_merges_deeply_and_replaces_lists(write):
-    write(
-        "base.yaml", "model: {path: a, lora: {rank: 4, targets: [q, k]}}\ntrain: {steps: 5, batch_size: 8}\n"
-    )
+    write("base.yaml", "model: {path: a, lora: {rank: 4, targets: [q, k]}}\ntrain: {steps: 5, batch_size: 8}\n")
     path = write("sub/top.yaml", "inherit: ../base.yaml\nmodel: {lora: {targets: [v]}}\ntrain: {steps: 6}\n")
     config = load_config(path)
     assert config.model.path == "a"
@@ -337,6 +333,7 @@ _OUT_OF_RANGE = {
     "rollout.temperature": ["0", "-1"],
     "rollout.top_p": ["0", "1.1"],
     "rollout.top_k": ["-1"],
+    "rollout.max_sampler_gap": ["0", "-1"],
     "rollout.min_p": ["-0.1", "1"],
     "optimizer.learning_rate": ["0", "-1"],
     "optimizer.warmup_ratio": ["-0.1", "1.1"],
@@ -463,9 +460,7 @@ CONFIGURATIONS = st.builds(
             targets=st.lists(st.sampled_from(["q", "k", "v", "gate"]), min_size=1, unique=True).map(tuple),
         ),
     ),
-    data=st.builds(
-        DataOptions, train_path=st.none() | _TEXT, train_limit=st.none() | _COUNT, shuffle=st.booleans()
-    ),
+    data=st.builds(DataOptions, train_path=st.none() | _TEXT, train_limit=st.none() | _COUNT, shuffle=st.booleans()),
     teacher=st.builds(TeacherOptions, ema_decay=_FRACTION),
     objective=st.builds(ObjectiveOptions, alpha=_FRACTION),
     rollout=st.builds(RolloutOptions, temperature=_POSITIVE, top_k=st.integers(0, 10**6)),
@@ -526,10 +521,7 @@ def test_the_hash_names_the_numbers_only(minimal):
         free = name.split(".")[0] in ("name", "output_dir", "logging", "checkpoint")
         assert (config_hash(config) == original) is free, name
     together = ["--mode=ema", "--teacher.ema=true"]
-    hashes = {
-        config_hash(load_config(minimal, words))
-        for words in (together, [*together, "--teacher.condition=none"])
-    }
+    hashes = {config_hash(load_config(minimal, words)) for words in (together, [*together, "--teacher.condition=none"])}
     assert len(hashes | {original}) == 3
 
 

@@ -72,9 +72,9 @@ def test_chunked_equals_reference_under_jit_for_a_ragged_number_of_tokens():
     hidden, head, targets = random_inputs(101, 257, 16)
 
     def score(implementation):
-        return jax.jit(
-            lambda *arrays: fused_linear_logprob(*arrays, chunk_size=32, implementation=implementation)
-        )(hidden, head, targets)
+        return jax.jit(lambda *arrays: fused_linear_logprob(*arrays, chunk_size=32, implementation=implementation))(
+            hidden, head, targets
+        )
 
     reference, chunked = score("reference"), score("chunked")
     np.testing.assert_allclose(chunked.logp, reference.logp, rtol=1e-6, atol=1e-6)
@@ -103,9 +103,7 @@ def test_a_uniform_distribution_has_the_largest_entropy():
 def test_extreme_logits_stay_finite(implementation):
     # Logits of token 0: 1e4, -1e4, 0. Of token 1: -1e4, 1e4, 0.
     hidden, head = jnp.array([[1e4], [-1e4]]), jnp.array([[1.0], [-1.0], [0.0]])
-    scores = fused_linear_logprob(
-        hidden, head, jnp.array([0, 0]), implementation=implementation, chunk_size=1
-    )
+    scores = fused_linear_logprob(hidden, head, jnp.array([0, 0]), implementation=implementation, chunk_size=1)
     np.testing.assert_allclose(scores.logp, [0.0, -2e4])
     np.testing.assert_allclose(scores.entropy, [0.0, 0.0])
 
@@ -113,9 +111,7 @@ def test_extreme_logits_stay_finite(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_logit_of_minus_infinity_is_a_token_of_probability_zero(implementation):
     hidden, head = jnp.ones((2, 1)), jnp.array([[0.0], [-jnp.inf], [0.0]])
-    scores = fused_linear_logprob(
-        hidden, head, jnp.array([2, 1]), implementation=implementation, chunk_size=1
-    )
+    scores = fused_linear_logprob(hidden, head, jnp.array([2, 1]), implementation=implementation, chunk_size=1)
     np.testing.assert_allclose(scores.logp, [-np.log(2), -np.inf], rtol=1e-6)
     np.testing.assert_allclose(scores.entropy, [np.log(2), np.log(2)], rtol=1e-6)
 
@@ -123,9 +119,7 @@ def test_a_logit_of_minus_infinity_is_a_token_of_probability_zero(implementation
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_target_outside_the_vocabulary_is_nan_and_harms_no_other(implementation):
     hidden, head, _ = random_inputs(3, 5, 4)
-    scores = fused_linear_logprob(
-        hidden, head, jnp.array([-1, 4, 5]), implementation=implementation, chunk_size=2
-    )
+    scores = fused_linear_logprob(hidden, head, jnp.array([-1, 4, 5]), implementation=implementation, chunk_size=2)
     assert np.isnan(scores.logp).tolist() == [True, False, True]
     assert np.isfinite(scores.entropy).all()
 
@@ -135,9 +129,9 @@ def test_no_array_of_tokens_by_vocabulary_is_held():
     arrays = random_inputs(tokens, vocabulary, 8)
 
     def traced(implementation):
-        return jax.jit(
-            lambda *a: fused_linear_logprob(*a, chunk_size=chunk, implementation=implementation)
-        ).trace(*arrays)
+        return jax.jit(lambda *a: fused_linear_logprob(*a, chunk_size=chunk, implementation=implementation)).trace(
+            *arrays
+        )
 
     sizes = {name: max(intermediate_sizes(traced(name).jaxpr.jaxpr)) for name in IMPLEMENTATIONS}
     assert sizes == {

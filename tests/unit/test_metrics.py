@@ -57,9 +57,7 @@ def test_non_finite_values_become_null_and_are_listed(tmp_path):
 
 def test_values_may_be_arrays_of_one_number_and_integers_stay_integers(tmp_path):
     with MetricsWriter(tmp_path, total_steps=2, name="tiny") as writer:
-        writer.log(
-            np.int64(1), {"loss": jnp.bfloat16(0.5), "policy_version": jnp.int32(3), "entropy": np.float32(2)}
-        )
+        writer.log(np.int64(1), {"loss": jnp.bfloat16(0.5), "policy_version": jnp.int32(3), "entropy": np.float32(2)})
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record == {"step": 1, "loss": 0.5, "policy_version": 3, "entropy": 2.0}
     assert isinstance(record["policy_version"], int)
@@ -123,9 +121,7 @@ def test_appending_never_glues_to_a_line_that_a_crash_cut_short(tmp_path, cut):
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):
-    with MetricsWriter(
-        tmp_path / "run", total_steps=2, name="tiny", is_main=False, wandb={"project": "p"}
-    ) as writer:
+    with MetricsWriter(tmp_path / "run", total_steps=2, name="tiny", is_main=False, wandb={"project": "p"}) as writer:
         writer.truncate_after(0)
         writer.log(1, VALUES)
         writer.message("hello")

@@ -92,9 +92,7 @@ def make_foreign_kernels(folder: Path) -> None:
 
 def test_the_list_of_packages_matches_the_tree():
     def folders(top: str, prefix: str) -> set[str]:
-        found = (
-            path.parent.relative_to(REPOSITORY / top) for path in (REPOSITORY / top).rglob("__init__.py")
-        )
+        found = (path.parent.relative_to(REPOSITORY / top) for path in (REPOSITORY / top).rglob("__init__.py"))
         return {".".join((prefix, *path.parts)) for path in found}
 
     expected = folders("unisd_jax", "unisd_jax") | folders("kernels", "unisd_jax.kernels")
@@ -159,9 +157,7 @@ def test_the_clone_works_beside_a_foreign_kernels_package(source, tmp_path):
 
 
 def test_importing_the_package_loads_no_jax(tmp_path):
-    code = (
-        "import unisd_jax, sys; print(sorted({'jax', 'numpy', 'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import unisd_jax, sys; print(sorted({'jax', 'numpy', 'torch', 'transformers'} & set(sys.modules)))"
     assert run_with_sites(code, REPOSITORY, cwd=tmp_path).strip() == "[]"
 
 

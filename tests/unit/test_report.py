@@ -166,9 +166,7 @@ def test_metrics_that_were_not_logged_or_not_finite_are_named(tmp_path):
 
 def test_only_some_samples_are_shown_and_their_number_is_said(tmp_path):
     run_dir = make_run(tmp_path / "quick")
-    lines = [
-        json.dumps(SAMPLE | {"id": f"item-{i}", "before": None, "exact_before": None}) for i in range(20)
-    ]
+    lines = [json.dumps(SAMPLE | {"id": f"item-{i}", "before": None, "exact_before": None}) for i in range(20)]
     (run_dir / "samples.jsonl").write_text("\n".join(lines))
     samples = section(write_report(run_dir).read_text(), "Samples")
     assert "8 of the 20" in samples and samples.count("### item-") == 8
@@ -267,9 +265,7 @@ def test_required_gain_is_the_first_run_s(tmp_path, capsys, compare_runs, requir
     assert compare_runs.main([*map(str, runs), "--require-gain", required]) == status
     out, err = capsys.readouterr()
     assert "gain (points)" in out
-    assert err == (
-        "" if status == 0 else "compare_runs: quick gained +0.520 exact match; +0.530 is required\n"
-    )
+    assert err == ("" if status == 0 else "compare_runs: quick gained +0.520 exact match; +0.530 is required\n")
 
 
 def test_directories_that_are_no_finished_run_end_with_2_and_one_line(tmp_path, capsys, compare_runs):

@@ -54,9 +54,7 @@ def test_coverage_of_a_known_mean():
     random = np.random.default_rng(0)
     hits = sum(
         low <= 0.4 <= high
-        for _, low, high in (
-            mean_interval(random.binomial(1, 0.4, size=120), samples=500, seed=i) for i in range(300)
-        )
+        for _, low, high in (mean_interval(random.binomial(1, 0.4, size=120), samples=500, seed=i) for i in range(300))
     )
     assert 0.91 <= hits / 300 <= 0.98
 
@@ -72,14 +70,10 @@ def test_higher_level_is_wider_and_more_items_narrower():
 def test_blocks_of_resampled_indices_add_up_to_the_samples_asked_for(monkeypatch):
     values = np.arange(7.0)
     whole = mean_interval(values, samples=50)
-    monkeypatch.setattr(
-        "unisd_jax.eval.statistics._BLOCK", 70
-    )  # ten samples a block, the last one full as well
+    monkeypatch.setattr("unisd_jax.eval.statistics._BLOCK", 70)  # ten samples a block, the last one full as well
     in_blocks = mean_interval(values, samples=50)
     assert in_blocks == whole
-    monkeypatch.setattr(
-        "unisd_jax.eval.statistics._BLOCK", 1
-    )  # fewer indices than items: still one sample a block
+    monkeypatch.setattr("unisd_jax.eval.statistics._BLOCK", 1)  # fewer indices than items: still one sample a block
     assert mean_interval(values, samples=50).mean == whole.mean
 
 

@@ -13,13 +13,11 @@ def round_up(length: int, multiple: int) -> int:
 def pad_prompts(
     prompts: Sequence[Sequence[int]], *, pad_id: int, multiple: int = 1, at_least: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded `(ids [B, P] int32, mask [B, P] bool)`; P is the longest length (or `at_least`) rounded up to `multiple`."""
+    """Left-padded `(ids [B, P] int32, mask [B, P] bool)`; P is the longest length or `at_least`, rounded up."""
     return _pad(prompts, round_up(max(at_least, *map(len, prompts)), multiple), pad_id, left=True)
 
 
-def pad_completions(
-    completions: Sequence[Sequence[int]], *, pad_id: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_completions(completions: Sequence[Sequence[int]], *, pad_id: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded `(ids [B, length] int32, mask [B, length] bool)`.
 
     Raises:
@@ -28,9 +26,7 @@ def pad_completions(
     return _pad(completions, length, pad_id, left=False)
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):

@@ -19,9 +19,9 @@ class Chat:
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages followed by the header of the assistant's turn."""
         return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
         )
 
     def reply_ids(self, messages: list[dict[str, str]], reply: str) -> list[int]:
@@ -35,9 +35,7 @@ class Chat:
             [*messages, {"role": "assistant", "content": reply}], tokenize=True, return_dict=True
         )["input_ids"]
         if list(whole[: len(prompt)]) != prompt:
-            raise UserError(
-                "chat template: a prompt with its reply does not begin with the prompt's own tokens"
-            )
+            raise UserError("chat template: a prompt with its reply does not begin with the prompt's own tokens")
         rest = list(whole[len(prompt) :])
         ends = [index for index, token in enumerate(rest) if token in self.stop_ids]
         if not ends:
@@ -63,23 +61,17 @@ def load_chat(path: str | Path) -> Chat:
 
     path = Path(path)
     if not (path / "tokenizer_config.json").exists():
-        raise UserError(
-            f"model.path: {path} has no tokenizer_config.json; expected a chat model's tokenizer there"
-        )
+        raise UserError(f"model.path: {path} has no tokenizer_config.json; expected a chat model's tokenizer there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path: the tokenizer in {path} cannot be loaded ({reason})") from None
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"model.path: the tokenizer in {path} has no chat template; use a chat (instruct) model"
-        )
+        raise UserError(f"model.path: the tokenizer in {path} has no chat template; use a chat (instruct) model")
     stop_ids = _stop_ids(path, tokenizer.eos_token_id)
     if not stop_ids:
-        raise UserError(
-            f"model.path: neither the tokenizer nor generation_config.json in {path} names an EOS token"
-        )
+        raise UserError(f"model.path: neither the tokenizer nor generation_config.json in {path} names an EOS token")
     return Chat(tokenizer, stop_ids)
 
 

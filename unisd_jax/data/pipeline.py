@@ -62,24 +62,18 @@ def tokenize(
     return examples, dropped
 
 
-def batches(
-    examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool
-) -> Iterator[list[Example]]:
+def batches(examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool) -> Iterator[list[Example]]:
     """An endless iterator over batches, reshuffled every pass; `get_state` and `set_state` save and restore its place.
 
     Raises:
       UserError: fewer examples than one batch needs.
     """
     if len(examples) < batch_size:
-        raise UserError(
-            f"train.batch_size is {batch_size}, but there are only {len(examples)} training items"
-        )
+        raise UserError(f"train.batch_size is {batch_size}, but there are only {len(examples)} training items")
     dataset = grain.MapDataset.source(range(len(examples))).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat().batch(
-        batch_size, batch_fn=lambda indices: [examples[index] for index in indices]
-    )
+    dataset = dataset.repeat().batch(batch_size, batch_fn=lambda indices: [examples[index] for index in indices])
     # One reading thread: items are already in memory, and more would only race with the training threads.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 

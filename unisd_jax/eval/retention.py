@@ -11,9 +11,8 @@ from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.chat import Chat
 from unisd_jax.eval.runner import fixed_batches, greedy_replies
 from unisd_jax.losses import token_divergence
-from unisd_jax.models import Model
+from unisd_jax.models import Model, completion_hidden
 from unisd_jax.rollout import RolloutEngine
-from unisd_jax.step import completion_hidden
 from unisd_jax.types import Completions, Prompts
 
 UNRELATED_PROMPTS = (
@@ -47,7 +46,7 @@ def drift_from_base(
     batch_size: int = 8,
     length_multiple: int,
 ) -> float:
-    """Mean token JSD (alpha = 0.5, nats, at most ln 2) between base and trained model on the base's own greedy replies."""
+    """Mean token JSD (alpha = 0.5; nats, at most ln 2) from the base model on the base's own greedy replies."""
     prompts = [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in UNRELATED_PROMPTS]
     engine.publish(base, 0)
     replies = greedy_replies(
@@ -56,12 +55,8 @@ def drift_from_base(
     )  # fmt: skip
     total, count, longest = 0.0, 0, max(map(len, prompts))
     for rows in fixed_batches(list(zip(prompts, replies, strict=True)), batch_size):
-        views = pad_prompts(
-            [row[0] for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest
-        )
-        ids, mask = pad_completions(
-            [row[1] for row in rows], pad_id=chat.pad_id, length=max_completion_length
-        )
+        views = pad_prompts([row[0] for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
+        ids, mask = pad_completions([row[1] for row in rows], pad_id=chat.pad_id, length=max_completion_length)
         divergence = _token_jsd(base, trained, *views, ids, mask, model=model)
         total, count = total + float(np.asarray(divergence)[mask].sum()), count + int(mask.sum())
     return total / count
@@ -79,9 +74,7 @@ def _token_jsd(
     model: Model,
 ) -> Float[Array, "B T"]:
     def logits(params):
-        hidden = completion_hidden(
-            model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask)
-        )
+        hidden = completion_hidden(model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask))
         return model.logits(params, hidden)
 
     return token_divergence(logits(trained), logits(base), alpha=0.5)

@@ -13,10 +13,9 @@ from unisd_jax.data.chat import Chat
 from unisd_jax.data.pipeline import Example
 from unisd_jax.data.tasks.base import Task
 from unisd_jax.kernels.fused_linear_logprob import fused_linear_logprob
-from unisd_jax.models import Model
+from unisd_jax.models import Model, completion_hidden
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import RolloutEngine, Sampling
-from unisd_jax.step import completion_hidden
 from unisd_jax.types import Completions, Prompts
 
 
@@ -46,8 +45,7 @@ def greedy_replies(
         ids, mask = pad_prompts(rows, pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
         rollout = engine.generate(ids, mask, sampling, key=purpose_key(0, 0, "evaluation"), version=version)
         replies += [
-            list(row[kept])
-            for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)
+            list(row[kept]) for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)
         ]
     return [[int(token) for token in reply] for reply in replies[: len(prompts)]]
 
@@ -65,9 +63,7 @@ def gold_logprob(
     length = max(len(example.gold) for example in examples)
     longest = max(len(example.student) for example in examples)
     total, count = 0.0, 0
-    for start, rows in zip(
-        range(0, len(examples), batch_size), fixed_batches(examples, batch_size), strict=True
-    ):
+    for start, rows in zip(range(0, len(examples), batch_size), fixed_batches(examples, batch_size), strict=True):
         prompts = pad_prompts(
             [row.student for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest
         )

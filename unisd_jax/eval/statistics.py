@@ -39,9 +39,7 @@ def paired_bootstrap(
     """
     before, after = _scores("before", before), _scores("after", after)
     if len(before) != len(after):
-        raise ValueError(
-            f"before has {len(before)} scores and after has {len(after)}: expected the same items in both"
-        )
+        raise ValueError(f"before has {len(before)} scores and after has {len(after)}: expected the same items in both")
     return mean_interval(after - before, seed=seed, samples=samples, level=level)
 
 

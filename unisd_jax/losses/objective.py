@@ -47,8 +47,6 @@ def objective(
     if settings.loss == "nll":
         values, divergence = -logp, jnp.zeros_like(logp)
     else:
-        values = divergence = token_divergence(
-            scaled, teacher_logits / settings.temperature, alpha=settings.alpha
-        )
+        values = divergence = token_divergence(scaled, teacher_logits / settings.temperature, alpha=settings.alpha)
     scores = TokenScores(divergence, logp, entropy(scaled))
     return weighted_sum(values, mask, coefficients), jax.lax.stop_gradient(scores)

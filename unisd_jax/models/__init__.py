@@ -10,3 +10,4 @@ from unisd_jax.models.lora import Lora as Lora
 from unisd_jax.models.lora import LoraFactors as LoraFactors
 from unisd_jax.models.lora import init_lora as init_lora
 from unisd_jax.models.lora import merge as merge
+from unisd_jax.models.scoring import completion_hidden as completion_hidden

@@ -62,6 +62,8 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; `slot` is where new keys and values go in the cache."""
+
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         size, bias = config.hidden_size, config.attention_bias
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -89,6 +91,8 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
+    """(silu(x·G) ∘ x·U)·D."""
+
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         size, inner = config.hidden_size, config.intermediate_size
         self.gate = Linear(size, inner, dtype=dtype, rngs=rngs)
@@ -101,6 +105,8 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Attention and SwiGLU, each on normalised input and added to the stream."""
+
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -114,6 +120,8 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
+    """One row per vocabulary entry; input embedding or output head."""
+
     def __init__(self, vocab: int, size: int, *, dtype: Any, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab, size), dtype))
 

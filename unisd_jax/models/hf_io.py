@@ -72,9 +72,7 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Me
     return model, place(params, mesh)
 
 
-def save_hf(
-    path: str | Path, model: Model, params: dict[str, Any], *, source: str | Path | None = None
-) -> None:
+def save_hf(path: str | Path, model: Model, params: dict[str, Any], *, source: str | Path | None = None) -> None:
     """Writes a checkpoint directory that `load_hf` and `transformers` can load; replaces `path` as a whole.
 
     `source` is the directory the model came from: its config, tokenizer, chat template and generation settings are
@@ -98,9 +96,7 @@ def save_hf(
             if (Path(source) / name).exists():
                 shutil.copyfile(Path(source) / name, partial / name)
     config.pop("torch_dtype", None)
-    write_json_atomic(
-        partial / "config.json", config | {"dtype": str(_at(params, ("embed", "weight")).dtype)}
-    )
+    write_json_atomic(partial / "config.json", config | {"dtype": str(_at(params, ("embed", "weight")).dtype)})
     with open(partial / "model.safetensors", "rb+") as file:
         os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)
@@ -115,15 +111,11 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory"
-        )
+        raise UserError(f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory")
     try:
         return ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
     except FileNotFoundError:
-        raise UserError(
-            f"model.path: {path} has no config.json; expected a Hugging Face checkpoint"
-        ) from None
+        raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face checkpoint") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'config.json'}: not JSON ({error})") from None
     except UserError as error:

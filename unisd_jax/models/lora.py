@@ -41,9 +41,7 @@ class Lora:
         self.scale = scale
 
 
-def init_lora(
-    key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: float, targets: Sequence[str]
-) -> Lora:
+def init_lora(key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: float, targets: Sequence[str]) -> Lora:
     """A new adapter that leaves the model as it is: A uniform in ±1/√in, B zero (PEFT's default).
 
     Raises:
@@ -78,9 +76,7 @@ def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
 
 
 @jax.jit
-def _add_product(
-    kernel: Float[Array, "L in out"], factors: LoraFactors, scale: float
-) -> Float[Array, "L in out"]:
+def _add_product(kernel: Float[Array, "L in out"], factors: LoraFactors, scale: float) -> Float[Array, "L in out"]:
     return (kernel.astype(jnp.float32) + scale * (factors.a @ factors.b)).astype(kernel.dtype)
 
 

@@ -24,9 +24,7 @@ class JaxSampler:
     def publish(self, params: dict[str, Any], version: int) -> None:
         self.params, self.version = params, version
 
-    def generate(
-        self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int
-    ) -> Rollout:
+    def generate(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> Rollout:
         require_version(self.version, version)
         ids, mask, logps, stopped = sample(
             self.params, prompt_ids, prompt_mask, key, model=self.model, sampling=sampling
@@ -89,9 +87,7 @@ def sample(
     def decode(state):
         step, cache, token, _, stopped, ids, mask, logps = state
         slot = prompt_length + step - 1
-        seen = visible | (
-            (jnp.arange(visible.shape[1]) >= prompt_length) & (jnp.arange(visible.shape[1]) <= slot)
-        )
+        seen = visible | ((jnp.arange(visible.shape[1]) >= prompt_length) & (jnp.arange(visible.shape[1]) <= slot))
         positions = (prompt_lengths + step - 1)[:, None]
         hidden, cache = model.extend(params, token[:, None], positions, seen[:, None, :], cache, slot)
         token, logp = draw(hidden[:, -1], step)

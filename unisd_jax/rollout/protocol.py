@@ -36,6 +36,8 @@ class Rollout(NamedTuple):
 
 
 class RolloutEngine(Protocol):
+    """Anything that samples: in this process or another one."""
+
     def publish(self, params: dict[str, Any], version: int) -> None:
         """Makes `params` (adapters merged) the weights of every later `generate`."""
 

@@ -70,23 +70,28 @@ def weight_distance(teacher: Any, student: Any) -> Float[Array, ""]:
 
 
 def _average_products(old: LoraFactors, new: LoraFactors, decay: float):
-    exact = _stack(old, new, decay, 1 - decay)
-    left, left_core = jnp.linalg.qr(exact.a)
-    right, right_core = jnp.linalg.qr(jnp.swapaxes(exact.b, -1, -2))
-    u, s, v = jnp.linalg.svd(left_core @ jnp.swapaxes(right_core, -1, -2), full_matrices=False)
+    """(factors, lost energy, energy) of the exact average at the rank of `old`."""
     rank = old.a.shape[-1]
-    root = jnp.sqrt(s[..., :rank])
-    a = left @ u[..., :rank] * root[..., None, :]
-    b = root[..., :, None] * (v[..., :rank, :] @ jnp.swapaxes(right, -1, -2))
-    return LoraFactors(a, b), jnp.sum(jnp.square(s[..., rank:])), jnp.sum(jnp.square(s))
+    # One matrix at a time: JAX hands a batch of LAPACK calls to the thread pool that runs the program itself, and two
+    # such batches at once wait for each other for ever on a machine with two cores (seen with jax 0.10.2).
+    a, b, lost, total = jax.lax.map(lambda exact: _truncate(exact, rank), _stack(old, new, decay, 1 - decay))
+    return LoraFactors(a, b), jnp.sum(lost), jnp.sum(total)
+
+
+def _truncate(exact: LoraFactors, rank: int):
+    """The best factors of `rank` for one product: QR of both sides, SVD of the small core."""
+    left, left_core = jnp.linalg.qr(exact.a)
+    right, right_core = jnp.linalg.qr(exact.b.T)
+    u, s, v = jnp.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    a, b = left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
+    return a, b, jnp.sum(jnp.square(s[rank:])), jnp.sum(jnp.square(s))
 
 
 def _stack(old: LoraFactors, new: LoraFactors, old_weight: float, new_weight: float) -> LoraFactors:
     """Factors of old_weight·A₁·B₁ + new_weight·A₂·B₂."""
     a = jnp.concatenate([old.a.astype(jnp.float32), new.a.astype(jnp.float32)], axis=-1)
-    b = jnp.concatenate(
-        [old_weight * old.b.astype(jnp.float32), new_weight * new.b.astype(jnp.float32)], axis=-2
-    )
+    b = jnp.concatenate([old_weight * old.b.astype(jnp.float32), new_weight * new.b.astype(jnp.float32)], axis=-2)
     return LoraFactors(a, b)
 
 

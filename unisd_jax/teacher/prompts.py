@@ -16,9 +16,7 @@ def student_messages(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
 
 
-def teacher_messages(
-    question: str, demonstration: str, *, condition: Condition, placement: Placement
-) -> list[Message]:
+def teacher_messages(question: str, demonstration: str, *, condition: Condition, placement: Placement) -> list[Message]:
     """The question together with a worked solution; without one (`condition` "none") the student's own prompt.
 
     Raises:

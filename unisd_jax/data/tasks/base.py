@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Item(NamedTuple):
-    """One question. `prompt` is the user message, `completion` the gold reply (the demonstration), `answer` what is graded."""
+    """One question: `prompt` is the user message, `completion` the gold reply and demonstration, `answer` is graded."""
 
     id: str
     prompt: str
