@@ -26,7 +26,7 @@ rough:smooth loud:quiet inside:outside front:back above:below always:never every
 success:failure begin:end entrance:exit cheap:expensive friend:enemy guilty:innocent positive:negative maximum:minimum
 summer:winter male:female accept:reject victory:defeat ancient:modern public:private question:answer awake:asleep
 """
-# country:continent, and for some :adjective.
+# country:continent, and for some :nationality.
 COUNTRIES = """
 France:Europe:French, Germany:Europe:German, Italy:Europe:Italian, Spain:Europe:Spanish, Portugal:Europe:Portuguese,
 Greece:Europe:Greek, Austria:Europe:Austrian, Poland:Europe:Polish, Hungary:Europe:Hungarian, Ireland:Europe:Irish,
@@ -42,13 +42,17 @@ Rwanda:Africa, Peru:South America:Peruvian, Chile:South America:Chilean, Colombi
 Brazil:South America:Brazilian, Venezuela:South America:Venezuelan, Bolivia:South America:Bolivian, Canada:North America:Canadian,
 Mexico:North America:Mexican
 """
-PAST_TENSES = """
-go:went see:saw take:took give:gave come:came make:made know:knew think:thought find:found tell:told say:said bring:brought
-teach:taught catch:caught write:wrote speak:spoke drive:drove ride:rode eat:ate drink:drank sing:sang swim:swam run:ran
-fly:flew grow:grew throw:threw draw:drew steal:stole choose:chose forget:forgot win:won lose:lost hold:held stand:stood
-sit:sat send:sent build:built keep:kept sleep:slept feel:felt leave:left meet:met pay:paid hear:heard fall:fell wear:wore
-hide:hid fight:fought become:became feed:fed lead:led walk:walked play:played jump:jumped talk:talked cook:cooked
-open:opened help:helped work:worked look:looked call:called ask:asked start:started stop:stopped carry:carried
+ADVERBS = """
+quick:quickly careful:carefully easy:easily clear:clearly sudden:suddenly perfect:perfectly polite:politely brave:bravely
+nice:nicely beautiful:beautifully angry:angrily safe:safely proud:proudly calm:calmly kind:kindly lucky:luckily
+serious:seriously honest:honestly bright:brightly gentle:gently simple:simply final:finally usual:usually eager:eagerly
+patient:patiently silent:silently rapid:rapidly correct:correctly secret:secretly exact:exactly complete:completely
+general:generally recent:recently rare:rarely regular:regularly
+"""
+AGENTS = """
+teaches:teacher sings:singer dances:dancer paints:painter writes:writer drives:driver runs:runner plays:player swims:swimmer
+bakes:baker farms:farmer hunts:hunter leads:leader sails:sailor builds:builder reads:reader climbs:climber dreams:dreamer
+surfs:surfer skates:skater invents:inventor hikes:hiker works:worker translates:translator designs:designer speaks:speaker
 """
 PLURALS = """
 cat:cats dog:dogs book:books tree:trees table:tables chair:chairs apple:apples horse:horses box:boxes bus:buses dish:dishes
@@ -71,6 +75,7 @@ Carol Daniel Ella Fred Gina Hugo Irene James Karen Luke Martha Nick Olga Peter R
 CITIES = "Paris London Rome Berlin Madrid Boston Chicago Tokyo Dublin Vienna Lima Cairo Oslo"
 JOBS = "teacher doctor baker farmer nurse lawyer pilot painter driver cook dentist"
 MEALS = "rice soup pizza bread fish pasta salad eggs chicken"
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 THINGS = """
 bike boat tent piano coat ring truck kite sled drum violin desk laptop scarf phone lamp ball clock cup spoon ladder camera
 guitar basket blanket bucket candle mirror pillow radio towel umbrella wallet hammer helmet kettle
@@ -91,20 +96,28 @@ class Family(NamedTuple):
 FAMILIES = (
     Family("opposite", "opposites", 'What is the opposite of "{entity}"?', 1),
     Family("continent", "countries", "On which continent is {entity}?", 1),
-    Family("nationality", "countries", "What is the adjective for {entity}?", 2),
-    Family("past_tense", "past_tenses", 'What is the past tense of "{entity}"?', 1),
+    Family("nationality", "countries", "What is the nationality of a person from {entity}?", 2),
     Family("plural", "plurals", 'What is the plural of "{entity}"?', 1),
-    Family("next_number", "numbers", "Which number comes after {entity}?", 1),
+    Family("adverb", "adverbs", 'What is the adverb of "{entity}"?', 1),
+    Family("agent", "agents", "What do you call a person who {entity}?", 1),
     Family("symbol", "symbols", "What is the chemical symbol for {entity}?", 1),
     Family("city", "people", "{entity} lives in {answer}. Where does {entity} live?", 1),
     Family("job", "people", "{entity} works as a {answer}. What is the job of {entity}?", 2),
     Family("meal", "people", "{entity} eats {answer} for lunch. What does {entity} eat?", 3),
+    Family("day", "people", "{entity} arrives on {answer}. On which day does {entity} arrive?", 4),
     Family("place", "things", "The {entity} is in the {answer}. Where is the {entity}?", 1),
     Family("owner", "things", "The {entity} belongs to {answer}. Who owns the {entity}?", 2),
 )
 TEST_ENTITIES = {
-    "opposites": 22, "countries": 23, "past_tenses": 23, "plurals": 21, "numbers": 18, "symbols": 9, "people": 14, "things": 14,
-}  # fmt: skip
+    "opposites": 21,
+    "countries": 23,
+    "plurals": 22,
+    "adverbs": 13,
+    "agents": 10,
+    "symbols": 9,
+    "people": 15,
+    "things": 14,
+}
 
 
 def split_rows(text: str, separator: str | None = None) -> list[tuple[str, ...]]:
@@ -126,11 +139,11 @@ def tables() -> dict[str, list[tuple[str, ...]]]:
     made = {
         "opposites": split_rows(OPPOSITES),
         "countries": split_rows(COUNTRIES, ","),
-        "past_tenses": split_rows(PAST_TENSES),
         "plurals": split_rows(PLURALS),
-        "numbers": [(str(number), str(number + 1)) for number in range(2, 50)],
+        "adverbs": split_rows(ADVERBS),
+        "agents": split_rows(AGENTS),
         "symbols": split_rows(SYMBOLS),
-        "people": with_values(PEOPLE, CITIES, JOBS, MEALS),
+        "people": with_values(PEOPLE, CITIES, JOBS, MEALS, DAYS),
         "things": with_values(THINGS, PLACES, OWNERS),
     }
     entities = [row[0] for rows in made.values() for row in rows]

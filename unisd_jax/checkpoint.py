@@ -69,6 +69,11 @@ class Checkpoints:
                 f"{self.directory} holds files but no checkpoint of this program; "
                 "choose another name or output_dir, or move it away"
             )
+        if not steps and _holds_files(self._damaged):
+            raise UserError(
+                f"every checkpoint of this run was damaged (see {self._damaged}); "
+                f"delete {self.directory.parent} to start afresh"
+            )
         for step in steps:
             problem = None
             try:

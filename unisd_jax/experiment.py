@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 import subprocess
@@ -21,7 +22,7 @@ from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import UserError
 from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Objective
-from unisd_jax.models import Model, init_lora, load_hf, merge
+from unisd_jax.models import Model, ModelConfig, init_lora, load_hf, merge, read_config
 from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.parallel.mesh import build_mesh
@@ -61,12 +62,12 @@ def build(config: Config) -> Experiment:
     task = get_task(config.data.task)
     items = {split: _load_items(config, task, split) for split in ("train", "test")}
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check_lengths(config, read_config(config.model.path))
     chat = load_chat(config.model.path)
     train, dropped = _tokenize(config, chat, items["train"])
     # A test item that does not fit would change what is measured: never dropped.
-    test, _ = _tokenize(config, chat, items["test"], overlong="error")
+    test, _ = _tokenize(config, chat, items["test"], overlong="error", otherwise="remove it from the test items")
     model, base = load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
-    _check_lengths(config, model)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
         schedule=config.optimizer.schedule,
@@ -131,13 +132,34 @@ def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
 
 
 def evaluate_test(experiment: Experiment, params: dict[str, Any], version: int) -> Evaluation:
-    """The test items, answered greedily without a demonstration."""
+    """The test items, answered greedily without a demonstration.
+
+    Raises:
+      UserError: a mean is not finite: the weights are unusable.
+    """
     options = experiment.config.evaluation
-    return evaluate_examples(
+    evaluation = evaluate_examples(
         experiment.sampler, experiment.model, params, experiment.test, experiment.chat, experiment.task,
         version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
         length_multiple=experiment.config.data.length_multiple,
     )  # fmt: skip
+    for name, value in evaluation.means.items():
+        require_finite(f"{name} of the test items", value, version)
+    return evaluation
+
+
+def require_finite(what: str, value: float, version: int) -> None:
+    """Refuses a measurement that only broken weights give.
+
+    Raises:
+      UserError: `value` is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise UserError(
+            f"after {version} updates {what} is {value}: the weights are unusable; lower optimizer.learning_rate"
+            if version
+            else f"model.path: {what} is {value}: the weights cannot be used"
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -167,7 +189,7 @@ def _load_items(config: Config, task: Task, split: str) -> list[Item]:
     return task.load(split, None if path is None else Path(path))[:limit]
 
 
-def _tokenize(config: Config, chat: Chat, items: list[Item], overlong: str | None = None):
+def _tokenize(config: Config, chat: Chat, items: list[Item], **options: str):
     teacher = functools.partial(
         teacher_messages, condition=config.teacher.condition, placement=config.teacher.placement
     )
@@ -178,17 +200,17 @@ def _tokenize(config: Config, chat: Chat, items: list[Item], overlong: str | Non
         teacher_messages=lambda item: teacher(item.prompt, item.completion),
         max_prompt_length=config.data.max_prompt_length,
         max_gold_length=config.rollout.max_completion_length if config.objective.loss == "nll" else None,
-        overlong=overlong or config.data.overlong,
+        **{"overlong": config.data.overlong} | options,
     )
 
 
-def _check_lengths(config: Config, model: Model) -> None:
+def _check_lengths(config: Config, model: ModelConfig) -> None:
     completion = max(config.rollout.max_completion_length, config.evaluation.max_completion_length)
     needed = config.data.max_prompt_length + completion
-    if needed > model.config.max_position:
+    if needed > model.max_position:
         raise UserError(
             f"data.max_prompt_length + max_completion_length is {needed} tokens, the model reads at most "
-            f"{model.config.max_position}; lower one of them"
+            f"{model.max_position}; lower one of them"
         )
 
 

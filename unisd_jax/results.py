@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,19 @@ class RunResult:
 
 
 def open_run_dir(config: Config) -> Path:
-    """`output_dir/name`, with the resolved configuration in it.
+    """`output_dir/name`, if a run of `config` can start or continue there; nothing is written yet.
 
     Raises:
-      ConfigError: the directory belongs to a run with other numbers; the message lists the options that differ.
+      ConfigError: the directory cannot be written, holds something else, or belongs to a run with other numbers; then
+        the message lists the options that differ.
     """
     run_dir = Path(config.output_dir) / config.name
     path = run_dir / "config.yaml"
+    _check_usable(run_dir)
     if path.exists():
         try:
-            earlier = yaml.safe_load(path.read_text())["config"]
-        except (yaml.YAMLError, TypeError, KeyError):
+            earlier = dict(yaml.safe_load(path.read_text())["config"])
+        except (yaml.YAMLError, TypeError, KeyError, ValueError):
             raise ConfigError(f"{path} is not a resolved configuration; choose another name or output_dir") from None
         lines = configuration.difference(earlier, configuration.to_dict(config))
         lines = [line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))]
@@ -49,9 +52,13 @@ def open_run_dir(config: Config) -> Path:
             raise ConfigError(
                 f"{run_dir} holds a run with other options ({'; '.join(lines)}); choose another name or output_dir"
             )
-    return_to = {"config_hash": configuration.config_hash(config), "config": configuration.to_dict(config)}
-    write_text_atomic(path, yaml.safe_dump(return_to, sort_keys=False, allow_unicode=True))
     return run_dir
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """The resolved configuration and its hash: from here on the directory belongs to this run."""
+    record = {"config_hash": configuration.config_hash(config), "config": configuration.to_dict(config)}
+    write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
 def write_samples(run_dir: Path, experiment: Experiment, before: Evaluation | None, after: Evaluation | None) -> None:
@@ -124,6 +131,21 @@ def read_result(run_dir: Path) -> RunResult:
         tuple(interval) if interval else None,
         details,
     )
+
+
+def _check_usable(run_dir: Path) -> None:
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        found = "is not writable" if existing.is_dir() else "is not a directory"
+        raise ConfigError(f"output_dir: {existing} {found}; choose another output_dir or name")
+    if run_dir.is_dir() and not (run_dir / "config.yaml").exists():
+        # `unisd_jax.evaluate` may have been here before the training.
+        foreign = sorted(path.name for path in run_dir.iterdir() if path.name != "evaluation" and path.name[0] != ".")
+        if foreign:
+            raise ConfigError(
+                f"{run_dir} holds {foreign[0]} but no config.yaml: it is not a run directory; "
+                "choose another name or output_dir"
+            )
 
 
 def print_result(result: RunResult) -> None:

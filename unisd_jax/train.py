@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from unisd_jax import config as configuration
 from unisd_jax.checkpoint import Checkpoints
@@ -26,7 +28,7 @@ from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError
 from unisd_jax.eval.retention import drift_from_base
 from unisd_jax.eval.runner import Evaluation
-from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, student_params
+from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, require_finite, student_params
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
 from unisd_jax.metrics import MetricsWriter
@@ -34,7 +36,7 @@ from unisd_jax.models import save_hf
 from unisd_jax.parallel.sharding import batch_sharding, jit_step
 from unisd_jax.random import purpose_key
 from unisd_jax.report import write_report
-from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_samples
+from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.step import train_step
 from unisd_jax.types import Completions, Prompts, TrainState, Views
 
@@ -48,15 +50,18 @@ def run(config: Config) -> RunResult:
     """
     run_dir = open_run_dir(config)
     if (run_dir / "result.json").exists():
+        if not (run_dir / "report.md").exists():
+            write_report(run_dir)
         print(f"{run_dir} is complete; delete it or choose another name to run again")
         return read_result(run_dir)
     started = time.monotonic()
     experiment = build(config)
+    data = training_batches(experiment)
+    write_config(run_dir, config)
     timer = {"setup": time.monotonic() - started}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     try:
         state = new_state(experiment)
-        data = training_batches(experiment)
         restored = checkpoints.restore(state)
         if restored is not None:
             state = restored.state
@@ -116,8 +121,10 @@ def train(
             metrics |= host_metrics(experiment, views, step, started, collected)
             writer.log(step + 1, metrics)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
+                check_weights(state, step + 1, examples, checkpoints)
                 save()
-            if stop.requested and step + 1 < config.train.steps:
+            if stop.requested:
+                check_weights(state, step + 1, examples, checkpoints)
                 save()
                 checkpoints.wait()
                 raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
@@ -164,21 +171,41 @@ def check_metrics(
     Raises:
       UserError: names the step and the items of its batch.
     """
-    items = ", ".join(example.item.id for example in examples)
-    checkpoints.wait()
-    kept = f"last good checkpoint: {'none' if checkpoints.latest_step is None else f'step {checkpoints.latest_step}'}"
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(metrics[name]):
-            raise UserError(
-                f"step {step}: {name} is {metrics[name]}; {kept}; "
-                f"lower optimizer.learning_rate or look at the batch: {items}"
-            )
+            raise UserError(f"step {step}: {name} is {metrics[name]}; {_what_is_left(examples, checkpoints)}")
     gap, limit = metrics.get("sampler_gap", 0.0), config.rollout.max_sampler_gap
     if gap > limit:
         raise UserError(
             f"step {step}: sampler and trainer differ by {gap:.3g} nats per token (rollout.max_sampler_gap "
-            f"is {limit}): the rollouts are not the policy's own; {kept}"
+            f"is {limit}): the rollouts are not the policy's own; {_last_good(checkpoints)}"
         )
+
+
+def check_weights(state: TrainState, step: int, examples: Sequence[Example], checkpoints: Checkpoints) -> None:
+    """Refuses to save a state that is not finite: the loss that would show it comes one step later.
+
+    Raises:
+      UserError: names the step and the items of its batch.
+    """
+    if not all_finite(state):
+        raise UserError(f"step {step}: weights not finite after the update; {_what_is_left(examples, checkpoints)}")
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no leaf holds a NaN or an infinity."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _what_is_left(examples: Sequence[Example], checkpoints: Checkpoints) -> str:
+    items = ", ".join(example.item.id for example in examples)
+    return f"{_last_good(checkpoints)}; lower optimizer.learning_rate or look at the batch: {items}"
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    return f"last good checkpoint: {'none' if checkpoints.latest_step is None else f'step {checkpoints.latest_step}'}"
 
 
 def host_metrics(experiment: Experiment, views: Views, step: int, started: float, collected: float) -> dict[str, float]:
@@ -217,10 +244,12 @@ def measure_drift(experiment: Experiment, trained: dict[str, Any]) -> float | No
     tokens = experiment.config.evaluation.drift_tokens
     if tokens == 0:
         return None
-    return drift_from_base(
+    drift = drift_from_base(
         experiment.sampler, experiment.model, experiment.base, trained, experiment.chat, max_completion_length=tokens,
         length_multiple=experiment.config.data.length_multiple,
     )  # fmt: skip
+    require_finite("the drift from the base model", drift, experiment.config.train.steps)
+    return drift
 
 
 @contextmanager
@@ -245,18 +274,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         result = run(command.config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror or error}; the same command continues", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error or 'the same command continues from the last checkpoint'}", file=sys.stderr)
+        print(f"interrupted: {str(error) or 'the same command continues from the last checkpoint'}", file=sys.stderr)
         return INTERRUPTED
     print_result(result)
     return 0
 
 
 def dry_run(config: Config) -> None:
-    """Builds everything and says what would be run."""
+    """Builds everything and says what would be run; writes nothing."""
+    open_run_dir(config)
     experiment = build(config)
+    training_batches(experiment)
     state = new_state(experiment)
     trainable, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base))
     print(f"{config.mode} on {config.model.path}: {trainable:,} trainable of {total:,} parameters")

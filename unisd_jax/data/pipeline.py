@@ -30,11 +30,13 @@ def tokenize(
     max_prompt_length: int,
     max_gold_length: int | None = None,
     overlong: str = "drop",
+    otherwise: str = "set data.overlong to drop",
 ) -> tuple[list[Example], int]:
     """Tokenises every item; returns the examples and how many were dropped.
 
     An item is too long if a prompt has more than `max_prompt_length` tokens or, where that is set, its gold completion
-    more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut.
+    more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut. `otherwise` is what the
+    message of a refusal advises beside raising the limit.
 
     Raises:
       UserError: an item is too long and `overlong` is "error", or none is left.
@@ -52,7 +54,7 @@ def tokenize(
         if reason is None:
             examples.append(example)
         elif overlong == "error":
-            raise UserError(f"item {item.id}: {reason}; raise the limit, or set data.overlong to drop")
+            raise UserError(f"item {item.id}: {reason}; raise the limit or {otherwise}")
         else:
             dropped += 1
     if items and not examples:

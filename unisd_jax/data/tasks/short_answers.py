@@ -12,7 +12,7 @@ from unisd_jax.data.tasks import jsonl
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import ConfigError
 
-FORM = 'Fill in: {"answer": "___"}'
+FORM = 'Reply only with JSON: {"answer": "___"}'
 
 
 def embedded_path(split: str) -> Path:
