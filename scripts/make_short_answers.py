@@ -1,7 +1,8 @@
-"""Write the embedded task `short_answers`: short questions whose direct answer a 135M-parameter model knows or can read off.
+"""Write the embedded task `short_answers`: short questions that a model of 135M parameters can answer.
 
-Everything comes from the word lists and templates below; there is no randomness. An entity (the country, verb, name, ...
-that a question asks about) belongs to one table and so to one split: no test entity occurs in a training question.
+The answer is a common fact, a form of the word asked about, or stands in the question. Everything comes from the word
+lists and templates below; there is no randomness. An entity (the country, adjective, name, ... that a question asks
+about) belongs to one table and so to one split: no training question asks about an entity of the test split.
 
     python scripts/make_short_answers.py            write the two JSONL files beside the task's code
     python scripts/make_short_answers.py --check    exit 1 when the files differ from what would be written
@@ -19,66 +20,73 @@ from unisd_jax.io import write_text_atomic
 
 # entity:answer, no word twice: the answer to a test question is no training entity either.
 OPPOSITES = """
-hot:cold up:down black:white good:bad rich:poor young:old fast:slow high:low long:short full:empty soft:hard dark:light
-wet:dry clean:dirty strong:weak happy:sad love:hate left:right early:late first:last near:far top:bottom north:south
-east:west true:false yes:no before:after war:peace life:death buy:sell push:pull thick:thin wide:narrow deep:shallow
-rough:smooth loud:quiet inside:outside front:back above:below always:never everything:nothing increase:decrease
-success:failure begin:end entrance:exit cheap:expensive friend:enemy guilty:innocent positive:negative maximum:minimum
-summer:winter male:female accept:reject victory:defeat ancient:modern public:private question:answer awake:asleep
+hot:cold up:down black:white good:bad rich:poor young:old fast:slow high:low long:short full:empty soft:hard
+dark:light wet:dry clean:dirty strong:weak happy:sad love:hate left:right early:late first:last near:far
+top:bottom north:south east:west true:false yes:no before:after war:peace life:death buy:sell push:pull
+thick:thin wide:narrow deep:shallow rough:smooth loud:quiet inside:outside front:back above:below always:never
+everything:nothing increase:decrease success:failure begin:end entrance:exit cheap:expensive friend:enemy
+guilty:innocent positive:negative maximum:minimum summer:winter male:female accept:reject victory:defeat
+ancient:modern public:private question:answer awake:asleep
 """
 # country:continent, and for some :nationality.
 COUNTRIES = """
-France:Europe:French, Germany:Europe:German, Italy:Europe:Italian, Spain:Europe:Spanish, Portugal:Europe:Portuguese,
-Greece:Europe:Greek, Austria:Europe:Austrian, Poland:Europe:Polish, Hungary:Europe:Hungarian, Ireland:Europe:Irish,
-Norway:Europe:Norwegian, Sweden:Europe:Swedish, Denmark:Europe:Danish, Finland:Europe:Finnish, Belgium:Europe:Belgian,
-Romania:Europe:Romanian, Bulgaria:Europe:Bulgarian, Ukraine:Europe:Ukrainian, Croatia:Europe:Croatian, Serbia:Europe,
-Iceland:Europe, Switzerland:Europe:Swiss, Netherlands:Europe, Japan:Asia:Japanese, China:Asia:Chinese, India:Asia:Indian,
+France:Europe:French, Germany:Europe:German, Italy:Europe:Italian, Spain:Europe:Spanish,
+Portugal:Europe:Portuguese, Greece:Europe:Greek, Austria:Europe:Austrian, Poland:Europe:Polish,
+Hungary:Europe:Hungarian, Ireland:Europe:Irish, Norway:Europe:Norwegian, Sweden:Europe:Swedish,
+Denmark:Europe:Danish, Finland:Europe:Finnish, Belgium:Europe:Belgian, Romania:Europe:Romanian,
+Bulgaria:Europe:Bulgarian, Ukraine:Europe:Ukrainian, Croatia:Europe:Croatian, Serbia:Europe, Iceland:Europe,
+Switzerland:Europe:Swiss, Netherlands:Europe, Japan:Asia:Japanese, China:Asia:Chinese, India:Asia:Indian,
 Thailand:Asia:Thai, South Korea:Asia, Vietnam:Asia:Vietnamese, Iran:Asia:Iranian, Iraq:Asia:Iraqi, Nepal:Asia,
-Pakistan:Asia:Pakistani, Indonesia:Asia:Indonesian, Afghanistan:Asia, Lebanon:Asia, Malaysia:Asia, Mongolia:Asia,
-Bangladesh:Asia, Sri Lanka:Asia, Cambodia:Asia, Laos:Asia, Kenya:Africa:Kenyan, Ethiopia:Africa:Ethiopian,
-Nigeria:Africa:Nigerian, Ghana:Africa, Senegal:Africa, Uganda:Africa, Tanzania:Africa, Morocco:Africa:Moroccan,
-Algeria:Africa:Algerian, Tunisia:Africa, Libya:Africa:Libyan, Sudan:Africa, Angola:Africa, Zambia:Africa, Zimbabwe:Africa,
-Rwanda:Africa, Peru:South America:Peruvian, Chile:South America:Chilean, Colombia:South America:Colombian,
-Brazil:South America:Brazilian, Venezuela:South America:Venezuelan, Bolivia:South America:Bolivian, Canada:North America:Canadian,
-Mexico:North America:Mexican
+Pakistan:Asia:Pakistani, Indonesia:Asia:Indonesian, Afghanistan:Asia, Lebanon:Asia, Malaysia:Asia,
+Mongolia:Asia, Bangladesh:Asia, Sri Lanka:Asia, Cambodia:Asia, Laos:Asia, Kenya:Africa:Kenyan,
+Ethiopia:Africa:Ethiopian, Nigeria:Africa:Nigerian, Ghana:Africa, Senegal:Africa, Uganda:Africa,
+Tanzania:Africa, Morocco:Africa:Moroccan, Algeria:Africa:Algerian, Tunisia:Africa, Libya:Africa:Libyan,
+Sudan:Africa, Angola:Africa, Zambia:Africa, Zimbabwe:Africa, Rwanda:Africa, Peru:South America:Peruvian,
+Chile:South America:Chilean, Colombia:South America:Colombian, Brazil:South America:Brazilian, Venezuela:South
+America:Venezuelan, Bolivia:South America:Bolivian, Canada:North America:Canadian, Mexico:North
+America:Mexican
 """
 ADVERBS = """
-quick:quickly careful:carefully easy:easily clear:clearly sudden:suddenly perfect:perfectly polite:politely brave:bravely
-nice:nicely beautiful:beautifully angry:angrily safe:safely proud:proudly calm:calmly kind:kindly lucky:luckily
-serious:seriously honest:honestly bright:brightly gentle:gently simple:simply final:finally usual:usually eager:eagerly
-patient:patiently silent:silently rapid:rapidly correct:correctly secret:secretly exact:exactly complete:completely
-general:generally recent:recently rare:rarely regular:regularly
+quick:quickly careful:carefully easy:easily clear:clearly sudden:suddenly perfect:perfectly polite:politely
+brave:bravely nice:nicely beautiful:beautifully angry:angrily safe:safely proud:proudly calm:calmly
+kind:kindly lucky:luckily serious:seriously honest:honestly bright:brightly gentle:gently simple:simply
+final:finally usual:usually eager:eagerly patient:patiently silent:silently rapid:rapidly correct:correctly
+secret:secretly exact:exactly complete:completely general:generally recent:recently rare:rarely
+regular:regularly
 """
 AGENTS = """
-teaches:teacher sings:singer dances:dancer paints:painter writes:writer drives:driver runs:runner plays:player swims:swimmer
-bakes:baker farms:farmer hunts:hunter leads:leader sails:sailor builds:builder reads:reader climbs:climber dreams:dreamer
-surfs:surfer skates:skater invents:inventor hikes:hiker works:worker translates:translator designs:designer speaks:speaker
+teaches:teacher sings:singer dances:dancer paints:painter writes:writer drives:driver runs:runner plays:player
+swims:swimmer bakes:baker farms:farmer hunts:hunter leads:leader sails:sailor builds:builder reads:reader
+climbs:climber dreams:dreamer surfs:surfer skates:skater invents:inventor hikes:hiker works:worker
+translates:translator designs:designer speaks:speaker
 """
 PLURALS = """
-cat:cats dog:dogs book:books tree:trees table:tables chair:chairs apple:apples horse:horses box:boxes bus:buses dish:dishes
-church:churches fox:foxes baby:babies city:cities lady:ladies story:stories party:parties country:countries family:families
-berry:berries knife:knives wife:wives wolf:wolves man:men woman:women child:children foot:feet tooth:teeth mouse:mice
-goose:geese person:people potato:potatoes tomato:tomatoes hero:heroes boy:boys girl:girls toy:toys river:rivers
-window:windows flower:flowers bird:birds teacher:teachers student:students doctor:doctors king:kings bridge:bridges
-mountain:mountains bottle:bottles letter:letters pencil:pencils ticket:tickets village:villages class:classes glass:glasses
-brush:brushes peach:peaches bench:benches
+cat:cats dog:dogs book:books tree:trees table:tables chair:chairs apple:apples horse:horses box:boxes
+bus:buses dish:dishes church:churches fox:foxes baby:babies city:cities lady:ladies story:stories
+party:parties country:countries family:families berry:berries knife:knives wife:wives wolf:wolves man:men
+woman:women child:children foot:feet tooth:teeth mouse:mice goose:geese person:people potato:potatoes
+tomato:tomatoes hero:heroes boy:boys girl:girls toy:toys river:rivers window:windows flower:flowers bird:birds
+spider:spiders student:students island:islands king:kings bridge:bridges mountain:mountains bottle:bottles
+letter:letters pencil:pencils ticket:tickets village:villages class:classes glass:glasses brush:brushes
+peach:peaches bench:benches
 """
 SYMBOLS = """
-hydrogen:H oxygen:O carbon:C nitrogen:N helium:He iron:Fe gold:Au silver:Ag copper:Cu sodium:Na potassium:K calcium:Ca
-zinc:Zn tin:Sn mercury:Hg magnesium:Mg aluminum:Al silicon:Si phosphorus:P sulfur:S chlorine:Cl iodine:I nickel:Ni
-uranium:U neon:Ne argon:Ar
+hydrogen:H oxygen:O carbon:C nitrogen:N helium:He iron:Fe gold:Au silver:Ag copper:Cu sodium:Na potassium:K
+calcium:Ca zinc:Zn tin:Sn mercury:Hg magnesium:Mg aluminum:Al silicon:Si phosphorus:P sulfur:S chlorine:Cl
+iodine:I nickel:Ni uranium:U neon:Ne argon:Ar
 """
 PEOPLE = """
-Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tina Victor Wendy Zoe Alice Bob
-Carol Daniel Ella Fred Gina Hugo Irene James Karen Luke Martha Nick Olga Peter Ruth Simon
+Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tina Victor Wendy
+Zoe Alice Bob Carol Daniel Ella Fred Gina Hugo Irene James Karen Luke Martha Nick Olga Peter Ruth Simon
 """
 CITIES = "Paris London Rome Berlin Madrid Boston Chicago Tokyo Dublin Vienna Lima Cairo Oslo"
 JOBS = "teacher doctor baker farmer nurse lawyer pilot painter driver cook dentist"
 MEALS = "rice soup pizza bread fish pasta salad eggs chicken"
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 THINGS = """
-bike boat tent piano coat ring truck kite sled drum violin desk laptop scarf phone lamp ball clock cup spoon ladder camera
-guitar basket blanket bucket candle mirror pillow radio towel umbrella wallet hammer helmet kettle
+bike boat tent piano coat ring truck kite sled drum violin desk laptop scarf phone lamp ball clock cup spoon
+ladder camera guitar basket blanket bucket candle mirror pillow radio towel umbrella wallet hammer helmet
+kettle
 """
 PLACES = "kitchen garden bedroom garage office school library attic drawer car"
 OWNERS = "Adam Julia Eric Laura Mark Sarah Tom"

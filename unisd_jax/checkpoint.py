@@ -7,7 +7,8 @@ tried from the newest backwards; one that cannot be read is moved aside, never s
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,9 +53,9 @@ class Checkpoints:
             return
         leaves = _named_leaves(state)
         meta = {"format": FORMAT, "record": record, "data": data, "checksums": checksums(leaves)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.save(step, args=args)
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest readable checkpoint with the shapes and sharding of `like`; None if there is none at all.
@@ -75,13 +76,12 @@ class Checkpoints:
                 f"delete {self.directory.parent} to start afresh"
             )
         for step in steps:
-            problem = None
             try:
                 return self._read(step, like)
             except UserError:
                 raise
             except Exception as error:  # whatever orbax, tensorstore or the file system make of a damaged file
-                problem = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+                problem = _reason(error)
             self._move_aside(step, problem)
         if steps:
             raise UserError(
@@ -92,15 +92,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever orbax and tensorstore make of a full disk; often from their threads
+            raise UserError(f"{self.directory}: a checkpoint could not be written ({_reason(error)})") from error
 
     @property
     def _damaged(self) -> Path:
@@ -120,7 +128,7 @@ class Checkpoints:
         state = jax.tree.unflatten(structure, [found[name] for name in leaves])
         return Restored(state, meta["data"], meta["record"])
 
-    def _move_aside(self, step: int, problem: str | None) -> None:
+    def _move_aside(self, step: int, problem: str) -> None:
         self._damaged.mkdir(exist_ok=True)
         target = self._damaged / str(step)
         shutil.rmtree(target, ignore_errors=True)
@@ -144,17 +152,24 @@ def _word_sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
 
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    # Paths and wrappers stand in the middle; the cause comes last.
+    return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
+
+
 def _named_leaves(state: TrainState) -> dict[str, jax.Array]:
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {path_name(path).replace("/", "."): leaf for path, leaf in flat}
 
 
 def _check_same_leaves(saved: dict[str, list], leaves: dict[str, jax.Array], where: Path) -> None:
-    for name, leaf in leaves.items():
-        found, expected = saved.get(name), [list(leaf.shape), str(np.dtype(leaf.dtype))]
-        if found is None or found[:2] != expected:
+    needed = {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in leaves.items()}
+    for name in needed | saved:
+        found, expected = saved[name][:2] if name in saved else "missing", needed.get(name, "none")
+        if found != expected:
             raise UserError(
-                f"{where}: {name} is {found[:2] if found else 'missing'}, this run needs {expected}; "
+                f"{where}: {name} is {found}, this run needs {expected}; "
                 "the checkpoint belongs to another model or configuration: choose another name or output_dir"
             )
 

@@ -66,7 +66,7 @@ def build(config: Config) -> Experiment:
     chat = load_chat(config.model.path)
     train, dropped = _tokenize(config, chat, items["train"])
     # A test item that does not fit would change what is measured: never dropped.
-    test, _ = _tokenize(config, chat, items["test"], overlong="error", otherwise="remove it from the test items")
+    test, _ = _tokenize(config, chat, items["test"], overlong="error")
     model, base = load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
@@ -189,7 +189,7 @@ def _load_items(config: Config, task: Task, split: str) -> list[Item]:
     return task.load(split, None if path is None else Path(path))[:limit]
 
 
-def _tokenize(config: Config, chat: Chat, items: list[Item], **options: str):
+def _tokenize(config: Config, chat: Chat, items: list[Item], overlong: str | None = None):
     teacher = functools.partial(
         teacher_messages, condition=config.teacher.condition, placement=config.teacher.placement
     )
@@ -200,7 +200,7 @@ def _tokenize(config: Config, chat: Chat, items: list[Item], **options: str):
         teacher_messages=lambda item: teacher(item.prompt, item.completion),
         max_prompt_length=config.data.max_prompt_length,
         max_gold_length=config.rollout.max_completion_length if config.objective.loss == "nll" else None,
-        **{"overlong": config.data.overlong} | options,
+        overlong=overlong or config.data.overlong,
     )
 
 

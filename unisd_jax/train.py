@@ -66,6 +66,7 @@ def run(config: Config) -> RunResult:
         if restored is not None:
             state = restored.state
             data.set_state(restored.data)
+            print(f"continuing after step {int(state.step)}", flush=True)
         with timed(timer, "evaluation"):
             before = evaluate_before(experiment, run_dir)
         with timed(timer, "training"):
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}; the same command continues", file=sys.stderr)
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {str(error) or 'the same command continues from the last checkpoint'}", file=sys.stderr)

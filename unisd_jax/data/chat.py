@@ -28,8 +28,11 @@ class Chat:
         """`reply` as the assistant would have produced it after `messages`, with the token that ends the turn.
 
         Raises:
-          UserError: the template does not continue its own prompt, or closes no turn.
+          UserError: the template does not continue its own prompt, or closes no turn; or the text of `reply` holds a
+            stop token, after which the rest would be lost.
         """
+        if set(self.tokenizer(reply, add_special_tokens=False)["input_ids"]) & set(self.stop_ids):
+            raise UserError(f"completion {reply[:60]!r} holds a token that ends the turn: remove it from the data")
         prompt = self.prompt_ids(messages)
         whole = self.tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": reply}], tokenize=True, return_dict=True

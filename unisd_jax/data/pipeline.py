@@ -30,13 +30,11 @@ def tokenize(
     max_prompt_length: int,
     max_gold_length: int | None = None,
     overlong: str = "drop",
-    otherwise: str = "set data.overlong to drop",
 ) -> tuple[list[Example], int]:
     """Tokenises every item; returns the examples and how many were dropped.
 
     An item is too long if a prompt has more than `max_prompt_length` tokens or, where that is set, its gold completion
-    more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut. `otherwise` is what the
-    message of a refusal advises beside raising the limit.
+    more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut.
 
     Raises:
       UserError: an item is too long and `overlong` is "error", or none is left.
@@ -54,7 +52,10 @@ def tokenize(
         if reason is None:
             examples.append(example)
         elif overlong == "error":
-            raise UserError(f"item {item.id}: {reason}; raise the limit or {otherwise}")
+            raise UserError(
+                f"item {item.id}: {reason}; raise the limit or remove the item "
+                "(data.overlong=drop does so, with training items only)"
+            )
         else:
             dropped += 1
     if items and not examples:

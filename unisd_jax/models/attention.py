@@ -44,21 +44,24 @@ def rotate(x: Float[Array, "B S N D"], cos: Float[Array, "B S half"], sin: Float
 
 def attention(
     query: Float[Array, "B S N D"],
-    key: Float[Array, "B T K D"],
-    value: Float[Array, "B T K D"],
+    key: Float[Array, "B K T D"],
+    value: Float[Array, "B K T D"],
     attend: Bool[Array, "B S T"],
 ) -> Float[Array, "B S N D"]:
     """softmax(q·kᵀ/√D) v over the keys that `attend` allows; N query heads share K key-value heads.
 
+    The query heads of one key head are laid end to end, so that both products are plain matrix products per key head.
     Scores and softmax are float32; the result has the dtype of `query`.
     """
     batch, length, heads, dim = query.shape
-    groups = heads // key.shape[2]
-    query = query.reshape(batch, length, key.shape[2], groups, dim)
-    scores = jnp.einsum("bskgd,btkd->bkgst", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(attend[:, None, None], scores * dim**-0.5, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgst,btkd->bskgd", weights, value).reshape(batch, length, heads, dim)
+    kv_heads, groups = key.shape[1], heads // key.shape[1]
+    rows = (query * dim**-0.5).reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, groups * length, dim)
+    scores = jnp.einsum("bkrd,bktd->bkrt", rows, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, groups, length, -1) + jnp.where(attend, 0.0, MASKED_SCORE)[:, None, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, kv_heads, groups * length, -1)
+    mixed = jnp.einsum("bkrt,bktd->bkrd", weights, value).reshape(batch, kv_heads, groups, length, dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 def causal(mask: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:

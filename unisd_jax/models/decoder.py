@@ -20,8 +20,8 @@ from unisd_jax.models.lora import Lora, LoraFactors
 class KVCache(NamedTuple):
     """Keys and values of every layer; slot `t` of the length axis belongs to token `t` of the padded sequence."""
 
-    key: Float[Array, "L B S K D"]
-    value: Float[Array, "L B S K D"]
+    key: Float[Array, "L B K S D"]
+    value: Float[Array, "L B K S D"]
 
 
 class LayerAdapter(NamedTuple):
@@ -78,12 +78,12 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         query = rotate(heads(self.q(x, adapter, "attention/q")), *angles)
-        key = rotate(heads(self.k(x, adapter, "attention/k")), *angles)
-        value = heads(self.v(x, adapter, "attention/v"))
+        key = rotate(heads(self.k(x, adapter, "attention/k")), *angles).swapaxes(1, 2)
+        value = heads(self.v(x, adapter, "attention/v")).swapaxes(1, 2)
         if cache is not None:
             cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, slot, 0, 0)),
-                jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, slot, 0, 0)),
+                jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, 0, slot, 0)),
+                jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, 0, slot, 0)),
             )
             key, value = cache.key[layer], cache.value[layer]
         mixed = attention(query, key, value, attend)
@@ -217,7 +217,7 @@ class Model:
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
         """Room for `length` tokens of `batch` sequences."""
-        shape = (self.config.num_layers, batch, length, self.config.num_kv_heads, self.config.head_dim)
+        shape = (self.config.num_layers, batch, self.config.num_kv_heads, length, self.config.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

@@ -46,7 +46,7 @@ def load(split: str, path: Path | None) -> list[Item]:
       UserError: see `read_records`.
     """
     if path is None:
-        raise ConfigError(f"task 'jsonl' has no data of its own: give the path of the {split} file")
+        raise ConfigError(f"task 'jsonl' has no data of its own: set data.{split}_path to the {split} file")
     return [
         Item(fields["id"], fields["prompt"], fields["completion"], fields.get("answer", fields["completion"]))
         for _, fields in read_records(Path(path), ("prompt", "completion"), ("answer",))

@@ -59,13 +59,14 @@ def _item(fields: dict[str, str]) -> Item:
 def _parse_form(text: str) -> str | None:
     """The answer inside a reply that is exactly the form, else None."""
     try:
-        pairs = json.loads(text.strip(), object_pairs_hook=list)  # a list of pairs, so that a repeated key is seen
+        # Objects become tuples of pairs: told from arrays, and a repeated key is seen.
+        value = json.loads(text.strip(), object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         return None
-    match pairs:
-        case [("answer", str(given))]:
-            return given
-    return None
+    if not isinstance(value, tuple) or len(value) != 1:
+        return None
+    key, given = value[0]
+    return given if key == "answer" and isinstance(given, str) else None
 
 
 TASK = Task("short_answers", load, grade)

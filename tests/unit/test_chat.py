@@ -1,0 +1,162 @@
+"""Chat: the template's own ids, the end of a turn, and which tokens stop a reply."""
+
+import json
+import shutil
+
+import pytest
+
+from unisd_jax.data.chat import Chat, load_chat
+from unisd_jax.errors import UserError
+from unisd_jax.testing import TURN_END, byte_tokenizer, tiny_checkpoint
+
+QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
+DIALOGUE = [*QUESTION, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3 + 3?"}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("chat") / "tiny")
+
+
+@pytest.fixture
+def directory(checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint):
+    return load_chat(checkpoint)
+
+
+def template_ids(chat, messages, **options):
+    return list(chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+def with_template(template: str) -> Chat:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return Chat(tokenizer, (tokenizer.eos_token_id,))
+
+
+@pytest.mark.parametrize("messages", [QUESTION, DIALOGUE])
+@pytest.mark.parametrize("reply", ["4", "", "two\nlines", 'ö€{"answer": "x"}', " space around "])
+def test_prompt_and_reply_are_the_templates_own_ids(chat, messages, reply):
+    prompt, ids = chat.prompt_ids(messages), chat.reply_ids(messages, reply)
+    whole = template_ids(chat, [*messages, {"role": "assistant", "content": reply}])
+    assert prompt == template_ids(chat, messages, add_generation_prompt=True)
+    assert prompt + ids == whole[: len(prompt) + len(ids)]
+    assert chat.tokenizer.decode(whole[len(prompt) + len(ids) :]) == "\n", "only the template's own line break is left"
+    assert ids[-1] == chat.tokenizer.eos_token_id
+    assert chat.text(ids) == reply
+
+
+def test_prompt_ends_with_the_header_of_the_assistants_turn(chat):
+    assert chat.tokenizer.decode(chat.prompt_ids(QUESTION)).endswith("<|im_start|>assistant\n")
+
+
+def test_a_reply_that_would_be_cut_is_refused(chat):
+    with pytest.raises(UserError, match="ends the turn") as error:
+        chat.reply_ids(QUESTION, f"before{TURN_END}after")
+    assert "before" in str(error.value)
+
+
+def test_a_template_that_rewrites_its_prompt_is_refused():
+    chat = with_template(
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(UserError, match="does not begin with the prompt's own tokens"):
+        chat.reply_ids(QUESTION, "4")
+
+
+def test_a_template_that_closes_no_turn_is_refused():
+    chat = with_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(UserError, match="no stop token"):
+        chat.reply_ids(QUESTION, "4")
+
+
+def test_text_leaves_special_tokens_out(chat):
+    ids = [chat.pad_id, *chat.tokenizer("so", add_special_tokens=False)["input_ids"], *chat.stop_ids]
+    assert chat.text(ids) == "so"
+
+
+def test_padding_falls_back_to_a_stop_token():
+    tokenizer = byte_tokenizer()
+    assert Chat(tokenizer, (7, 9)).pad_id == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert Chat(tokenizer, (7, 9)).pad_id == 7
+
+
+# --- Stop ids ---
+
+
+def edit_json(path, **changes):
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({name: value for name, value in (found | changes).items() if value is not None}))
+
+
+def test_stop_ids_are_the_union_of_tokenizer_and_configs(directory):
+    eos = byte_tokenizer().eos_token_id
+    assert load_chat(directory).stop_ids == (eos,)
+    edit_json(directory / "generation_config.json", eos_token_id=[5, 6])
+    assert load_chat(directory).stop_ids == (5, 6, eos)
+    edit_json(directory / "config.json", eos_token_id=4)
+    assert load_chat(directory).stop_ids == (4, 5, 6, eos)
+    edit_json(directory / "generation_config.json", eos_token_id=eos)
+    assert load_chat(directory).stop_ids == (4, eos)
+
+
+def test_stop_ids_may_come_from_the_generation_config_alone(directory):
+    edit_json(directory / "tokenizer_config.json", eos_token=None)
+    edit_json(directory / "generation_config.json", eos_token_id=5)
+    assert load_chat(directory).stop_ids == (5,)
+
+
+def test_no_stop_id_at_all_is_refused(directory):
+    edit_json(directory / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match="names an EOS token"):
+        load_chat(directory)
+
+
+# --- What cannot be a chat model's directory ---
+
+
+def test_missing_tokenizer(directory):
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"model\.path: .* has no tokenizer_config\.json"):
+        load_chat(directory)
+
+
+def test_missing_chat_template(directory):
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        load_chat(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", '{"model": 3}'),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "Nonsense"}}'),
+        ("tokenizer_config.json", "{{"),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.jinja", "{% for %}"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "two"}'),
+    ],
+)
+def test_damaged_tokenizer_files_give_one_line(directory, name, content):
+    (directory / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        load_chat(directory).prompt_ids(QUESTION)
+    assert str(directory) in str(error.value) or "chat template" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_json_missing(directory):
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_chat(directory)
