@@ -5,6 +5,8 @@ tried from the newest backwards; one that cannot be read is moved aside, never s
 """
 
 import functools
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,6 +55,7 @@ class Checkpoints:
             return
         leaves = _named_leaves(state)
         meta = {"format": FORMAT, "record": record, "data": data, "checksums": checksums(leaves)}
+        meta |= {"digest": _digest(meta)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.save(step, args=args)
@@ -116,8 +119,12 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> Restored:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        digest = meta.pop("digest", None)
+        whole = digest == _digest(meta)
+        if meta.get("format") != FORMAT and (whole or digest is None):
             raise UserError(f"{self.directory}/{step}: not a checkpoint of this program (format {FORMAT} expected)")
+        if not whole:
+            raise ValueError("its record is not the one that was saved")
         leaves = _named_leaves(like)
         _check_same_leaves(meta["checksums"], leaves, self.directory / str(step))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
@@ -150,6 +157,10 @@ def _word_sum(leaf: jax.Array) -> jax.Array:
     words = words.astype(jnp.uint32).ravel()
     # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32.
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:

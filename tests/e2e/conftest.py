@@ -1,16 +1,17 @@
 """What the end-to-end tests share: a tiny chat model with data, a configuration, and ways to run the command."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
+from run_checks import Outcome, write_items
 
 from unisd_jax import train
 from unisd_jax.testing import tiny_checkpoint
@@ -29,8 +30,6 @@ OPTIONS = {
     "evaluation": {"batch_size": 6, "max_completion_length": 8, "drift_tokens": 4},
     "checkpoint": {"every": 2, "keep": 2},
 }
-# What an in-process test adds when it is only about training.
-TRAIN_ONLY = ("--evaluation.enabled=false", "--evaluation.drift_tokens=0")
 
 
 class Workspace(NamedTuple):
@@ -41,24 +40,6 @@ class Workspace(NamedTuple):
     train: Path
     test: Path
     config: Path
-
-
-class Outcome(NamedTuple):
-    """What a command said and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def write_items(path: Path, prefix: str, count: int, **changes: Any) -> Path:
-    """`count` short items; `changes` replaces fields of all of them (None leaves a field out)."""
-    lines = []
-    for index in range(count):
-        item = {"id": f"{prefix}{index}", "prompt": f"{prefix} {index}?", "completion": f"a{index}"} | changes
-        lines.append(json.dumps({name: value for name, value in item.items() if value is not None}) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +85,14 @@ def cli(workspace: Workspace, cli_environment: dict[str, str]) -> Callable[..., 
         if before:
             main = "import sys; from unisd_jax import train; sys.exit(train.main(sys.argv[1:]))"
             program = ["-c", f"{before}\n{main}"]
-        command = [sys.executable, *program, "--config", str(workspace.config), f"--output_dir={output_dir}", *overrides]
+        command = [
+            sys.executable,
+            *program,
+            "--config",
+            str(workspace.config),
+            f"--output_dir={output_dir}",
+            *overrides,
+        ]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, cwd=workspace.root,
             env=cli_environment | (environment or {}),
@@ -125,11 +113,11 @@ def compiled_once(cache_dir: Path) -> Iterator[None]:
     earlier = {name: getattr(jax.config, name) for name in changes}
     for name, value in changes.items():
         jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
     yield
     for name, value in earlier.items():
         jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -151,44 +139,3 @@ def finished(cli: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFacto
     outcome = cli(output_dir)
     assert outcome.code == 0, outcome.err
     return output_dir / "run", outcome
-
-
-# --- What tests ask of a run ---
-
-# Differs from one run of the same thing to the next.
-TIMING = {"tokens_per_second", "seconds_rollout", "seconds_update", "seconds_step", "peak_memory_gib", "seconds"}
-
-
-def error_line(outcome: Outcome) -> str:
-    """The one line on stderr of a command that refused its input."""
-    assert outcome.code == 2, outcome
-    assert "Traceback" not in outcome.out + outcome.err
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
-    return lines[0]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(run_dir: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
-    """Everything a run computed, without what a clock decides: weights, metrics, result."""
-    result = json.loads((run_dir / "result.json").read_text())
-    lines = [{name: value for name, value in line.items() if name not in TIMING} for line in metrics(run_dir)]
-    result = {name: value for name, value in result.items() if name not in TIMING}
-    return (run_dir / "hf" / "model.safetensors").read_bytes(), lines, result
-
-
-@pytest.fixture(scope="session")
-def check() -> Any:
-    """The helpers above for the test modules, which cannot import a conftest."""
-    return _Helpers
-
-
-class _Helpers:
-    error_line = staticmethod(error_line)
-    metrics = staticmethod(metrics)
-    numbers = staticmethod(numbers)
-    write_items = staticmethod(write_items)
-    train_only = TRAIN_ONLY

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from unisd_jax.errors import UserError
 
 
@@ -18,11 +20,7 @@ class Chat:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages followed by the header of the assistant's turn."""
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
+        return self._ids(messages, add_generation_prompt=True)
 
     def reply_ids(self, messages: list[dict[str, str]], reply: str) -> list[int]:
         """`reply` as the assistant would have produced it after `messages`, with the token that ends the turn.
@@ -34,12 +32,10 @@ class Chat:
         if set(self.tokenizer(reply, add_special_tokens=False)["input_ids"]) & set(self.stop_ids):
             raise UserError(f"completion {reply[:60]!r} holds a token that ends the turn: remove it from the data")
         prompt = self.prompt_ids(messages)
-        whole = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": reply}], tokenize=True, return_dict=True
-        )["input_ids"]
-        if list(whole[: len(prompt)]) != prompt:
+        whole = self._ids([*messages, {"role": "assistant", "content": reply}])
+        if whole[: len(prompt)] != prompt:
             raise UserError("chat template: a prompt with its reply does not begin with the prompt's own tokens")
-        rest = list(whole[len(prompt) :])
+        rest = whole[len(prompt) :]
         ends = [index for index, token in enumerate(rest) if token in self.stop_ids]
         if not ends:
             raise UserError(f"chat template: no stop token {self.stop_ids} after the assistant's reply")
@@ -48,6 +44,14 @@ class Chat:
     def text(self, ids: list[int]) -> str:
         """What a reader sees: special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _ids(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
+        try:
+            return list(
+                self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+            )
+        except TemplateError as error:
+            raise UserError(f"chat template: it refuses a conversation ({_reason(error)})") from None
 
 
 def load_chat(path: str | Path) -> Chat:
@@ -67,9 +71,8 @@ def load_chat(path: str | Path) -> Chat:
         raise UserError(f"model.path: {path} has no tokenizer_config.json; expected a chat model's tokenizer there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path: the tokenizer in {path} cannot be loaded ({reason})") from None
+    except Exception as error:  # the tokenizers library raises plain Exception for a file it does not understand
+        raise UserError(f"model.path: the tokenizer in {path} cannot be loaded ({_reason(error)})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model.path: the tokenizer in {path} has no chat template; use a chat (instruct) model")
     stop_ids = _stop_ids(path, tokenizer.eos_token_id)
@@ -82,6 +85,20 @@ def _stop_ids(path: Path, eos: int | None) -> tuple[int, ...]:
     found = set() if eos is None else {eos}
     for name in ("generation_config.json", "config.json"):
         if (path / name).exists():
-            value = json.loads((path / name).read_text()).get("eos_token_id")
+            value = _eos_token_id(path / name)
             found |= set(value) if isinstance(value, list) else set() if value is None else {value}
     return tuple(sorted(found))
+
+
+def _eos_token_id(path: Path) -> int | list[int] | None:
+    try:
+        value = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError):
+        raise UserError(f"model.path: {path} is not a JSON object") from None
+    if not all(isinstance(token, int) for token in (value if isinstance(value, list) else [value or 0])):
+        raise UserError(f"model.path: {path}: eos_token_id is {value!r}; expected an integer or a list of integers")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -54,8 +54,13 @@ class ModelConfig:
             _refuse(hf, "attention_bias", (False,))
         heads = _integer(hf, "num_attention_heads")
         hidden = _integer(hf, "hidden_size")
-        rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {})}
-        theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+        kv_heads = _integer(hf, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UserError(f"config.json: num_key_value_heads is {kv_heads}; expected a divisor of {heads} heads")
+        head_dim = _integer(hf, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise UserError(f"config.json: head_dim is {head_dim}; expected an even number")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         return cls(
             family=family,
             vocab_size=_integer(hf, "vocab_size"),
@@ -63,14 +68,14 @@ class ModelConfig:
             intermediate_size=_integer(hf, "intermediate_size"),
             num_layers=_integer(hf, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hidden // heads,
-            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(theta),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+            rope_theta=_number(rope if "rope_theta" in rope else hf, "rope_theta", 10_000.0),
             rope_scaling=_rope_scaling(rope),
             attention_bias=family == "qwen2",
             tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position=int(hf.get("max_position_embeddings", 2048)),
+            max_position=_integer(hf, "max_position_embeddings", 2048),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -103,11 +108,20 @@ class ModelConfig:
         }
 
 
-def _integer(hf: dict[str, Any], field: str) -> int:
+def _integer(hf: dict[str, Any], field: str, default: int | None = None) -> int:
     value = hf.get(field)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {field} is {value!r}; expected a positive integer")
     return value
+
+
+def _number(hf: dict[str, Any], field: str, default: float | None = None) -> float:
+    value = hf.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"config.json: {field} is {value!r}; expected a positive number")
+    return float(value)
 
 
 def _refuse(hf: dict[str, Any], field: str, supported: tuple) -> None:
@@ -122,8 +136,8 @@ def _rope_scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
     if kind != "llama3":
         raise UserError(f"config.json: rope_type is {kind!r}; supported: default, llama3")
     return Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
+        factor=_number(rope, "factor"),
+        low_freq_factor=_number(rope, "low_freq_factor"),
+        high_freq_factor=_number(rope, "high_freq_factor"),
+        original_max_position=_integer(rope, "original_max_position_embeddings"),
     )

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from unisd_jax.models.attention import attention, causal, rotary_angles, rotate
+from unisd_jax.models.attention import attention, causal, causal_attention, rotary_angles, rotate
 from unisd_jax.models.config import ModelConfig
-from unisd_jax.models.lora import Lora, LoraFactors
+from unisd_jax.models.lora import Lora, LoraFactors, low_rank_product
 
 
 class KVCache(NamedTuple):
@@ -44,7 +44,7 @@ class Linear(nnx.Module):
             y = y + self.bias[...]
         if adapter is not None and path in adapter.factors:
             a, b = adapter.factors[path]
-            y = y + adapter.scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+            y = y + adapter.scale * low_rank_product(x, a.astype(x.dtype), b.astype(x.dtype))
         return y
 
 
@@ -85,8 +85,9 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, 0, slot, 0)),
                 jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, 0, slot, 0)),
             )
-            key, value = cache.key[layer], cache.value[layer]
-        mixed = attention(query, key, value, attend)
+            mixed = attention(query, cache.key[layer], cache.value[layer], attend)
+        else:
+            mixed = causal_attention(query, key, value, attend)
         return self.o(mixed.reshape(*x.shape[:2], -1), adapter, "attention/o"), cache
 
 

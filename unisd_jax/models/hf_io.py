@@ -113,11 +113,15 @@ def read_config(path: str | Path) -> ModelConfig:
     if not path.is_dir():
         raise UserError(f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory")
     try:
-        return ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face checkpoint") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path / 'config.json'}: not JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{path / 'config.json'}: not a JSON object")
+    try:
+        return ModelConfig.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}/{error}") from None
 
@@ -153,11 +157,10 @@ def _read_leaf(tensors: _TensorFiles, model: Model, keys: tuple, shape: jax.Shap
     dtype = ml_dtypes.bfloat16 if shape.dtype == jnp.bfloat16 else np.dtype(shape.dtype)
     leaf = np.empty(shape.shape if stacked else (1, *shape.shape), dtype)
     for row, name in zip(leaf, _hf_names(model, keys), strict=True):
-        value = tensors.read(name)
-        value = value.T if keys[-1] == "kernel" else value
-        if value.shape != row.shape:
-            raise UserError(f"{tensors.path}: tensor {name} is {value.shape}, config.json says {row.shape}")
-        row[...] = value
+        value, target = tensors.read(name), row.T if keys[-1] == "kernel" else row
+        if value.shape != target.shape:
+            raise UserError(f"{tensors.path}: tensor {name} is {value.shape}, config.json says {target.shape}")
+        target[...] = value
     return leaf if stacked else leaf[0]
 
 

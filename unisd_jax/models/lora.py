@@ -75,7 +75,35 @@ def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
     return params | {"layers": layers}
 
 
-@jax.jit
+@jax.custom_vjp
+def low_rank_product(
+    x: Float[Array, "*B in"], a: Float[Array, "in r"], b: Float[Array, "r out"]
+) -> Float[Array, "*B out"]:
+    """(x·A)·B, with a backward pass of its own.
+
+    Sums over tokens put the narrow factor on the left; the derived backward pass has it on the right, for which XLA's
+    CPU backend first transposes the wide [tokens, in] or [tokens, out] array (twice the time of a whole MLP).
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x, a, b):
+    inner = x @ a
+    return inner @ b, (x, inner, a, b)
+
+
+def _low_rank_backward(residuals, gradient):
+    x, inner, a, b = residuals
+    inner_gradient = gradient @ b.T
+    a_gradient = jnp.einsum("...r,...i->ri", inner_gradient, x).T
+    b_gradient = jnp.einsum("...r,...o->ro", inner, gradient)
+    return inner_gradient @ a.T, a_gradient, b_gradient
+
+
+low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
 def _add_product(kernel: Float[Array, "L in out"], factors: LoraFactors, scale: float) -> Float[Array, "L in out"]:
     return (kernel.astype(jnp.float32) + scale * (factors.a @ factors.b)).astype(kernel.dtype)
 

@@ -122,7 +122,7 @@ def truncate(logps: Float[Array, "B V"], *, top_k: int, top_p: float, min_p: flo
     if top_p < 1.0:
         descending = -jnp.sort(-jax.nn.log_softmax(logps), axis=-1)
         before = jnp.cumsum(jnp.exp(descending), axis=-1) - jnp.exp(descending)
-        kept = jnp.where(before < top_p, descending, jnp.inf)
+        kept = jnp.where(before < top_p, descending, descending[:, :1])
         logps = jnp.where(jax.nn.log_softmax(logps) >= jnp.min(kept, axis=-1, keepdims=True), logps, -jnp.inf)
     if min_p > 0.0:
         floor = jnp.max(logps, axis=-1, keepdims=True) + jnp.log(min_p)
