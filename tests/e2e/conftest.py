@@ -63,9 +63,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cli_environment(cache_dir: Path) -> dict[str, str]:
-    """The environment of a command: as a user has it, plus the compilation cache."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return environment | {
+    """The environment of a command: that of this process, so that both can use the same compiled programs."""
+    return os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -86,7 +86,7 @@ def test_the_result_has_all_its_numbers(finished):
     assert {"setup", "training", "evaluation", "export", "total"} <= set(result["seconds"])
     assert result["seconds"]["total"] >= result["seconds"]["training"] > 0
     assert result["versions"]["jax"] == jax.__version__
-    assert result["device"].startswith("1 x ") and result["peak_memory_gib"] > 0
+    assert "cpu" in result["device"] and result["peak_memory_gib"] > 0
 
 
 def test_the_resolved_configuration_is_kept(finished, workspace):
@@ -168,17 +168,18 @@ def test_a_run_that_died_before_its_report_gets_one(finished, tmp_path, main):
 
 
 def test_the_same_seed_gives_the_same_numbers(finished, cli, tmp_path):
-    """In a process of its own that compiles everything itself."""
-    assert cli(tmp_path, environment={"JAX_ENABLE_COMPILATION_CACHE": "false"}).code == 0
-    assert numbers(tmp_path / "run") == numbers(finished[0])
+    """In a process that sees one device and compiles everything itself, as a user's does."""
+    assert cli(tmp_path, environment={"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""}).code == 0
+    found, expected = numbers(tmp_path / "run"), numbers(finished[0])
+    assert found[2].pop("device") == expected[2].pop("device").replace("8 x", "1 x")
+    assert found == expected
 
 
-def test_the_seed_decides_the_numbers(tmp_path, main):
-    for seed in (0, 1):
-        assert main(tmp_path, f"--name=seed{seed}", f"--seed={seed}", "--train.steps=2", *TRAIN_ONLY).code == 0
-    assert weights(tmp_path / "seed0") != weights(tmp_path / "seed1")
-    first = [read_metrics(tmp_path / name)[0] for name in ("seed0", "seed1")]
-    assert first[0]["loss"] != first[1]["loss"] and first[0]["entropy"] != first[1]["entropy"]
+def test_the_seed_decides_the_numbers(finished, tmp_path, main):
+    assert main(tmp_path, "--seed=1", *TRAIN_ONLY).code == 0
+    assert weights(tmp_path / "run") != weights(finished[0])
+    first, other = (read_metrics(run_dir)[0] for run_dir in (tmp_path / "run", finished[0]))
+    assert first["loss"] != other["loss"] and first["entropy"] != other["entropy"]
 
 
 # --- Asking without running ---
@@ -209,89 +210,80 @@ def test_print_config_is_a_configuration(tmp_path, main):
 
 # --- Modes and options ---
 
-MODES = {
-    "plain": ("--mode=plain", "--teacher.ema=false"),
-    "sft": ("--mode=sft", "--teacher.ema=false", "--objective.loss=nll"),
-    "full": ("--model.trainable=full", "--optimizer.learning_rate=1e-3"),
-    "full plain bfloat16": (
-        "--mode=plain",
-        "--teacher.ema=false",
-        "--model.trainable=full",
-        "--model.dtype=bfloat16",
-        "--rollout.max_sampler_gap=0.1",
-    ),
-}
+PLAIN = ("--mode=plain", "--teacher.ema=false")
+SFT = ("--mode=sft", "--teacher.ema=false", "--objective.loss=nll")
+ALPHAS = ("objective.alpha=0", "objective.alpha=0.5", "objective.alpha=1")
+INLINE = "teacher.placement=inline"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_runs(mode, tmp_path, main, workspace):
-    outcome = main(tmp_path, *MODES[mode], "--train.steps=3", *TRAIN_ONLY)
-    assert outcome.code == 0 and outcome.err == ""
-    lines = read_metrics(tmp_path / "run")
-    optional = {"divergence": "sft" not in mode, "sampler_gap": "sft" not in mode, "sampler_gap_max": "sft" not in mode}
-    optional |= {"teacher_distance": mode == "full", "ema_truncation": mode == "full"}
-    assert all({name: name in line for name in optional} == optional for line in lines)
-    assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert all(line["gradient_norm"] > 0 for line in lines)
+@pytest.fixture(scope="module")
+def plain_runs(workspace, compiled_once, tmp_path_factory):
+    """Metrics of plain runs that differ in one option; in the first step all have sampled the same completions."""
+    output_dir, found = tmp_path_factory.mktemp("options"), {}
+    for option in (*ALPHAS, INLINE):
+        arguments = ["--config", str(workspace.config), f"--output_dir={output_dir}", f"--name={option}", *PLAIN]
+        arguments += ["--train.steps=16", "--optimizer.learning_rate=0.02", f"--{option}", *TRAIN_ONLY]
+        assert train.main(arguments) == 0
+        found[option] = read_metrics(output_dir / option)
+    return found
 
-    result = read_result(tmp_path / "run")
-    assert result["before"] is result["after"] is result["gain"] is result["drift"] is None
-    assert not (tmp_path / "run" / "samples.jsonl").exists()
-    assert (tmp_path / "run" / "report.md").exists()
 
-    dtype = "bfloat16" if "bfloat16" in mode else "float32"
-    _, base = load_hf(workspace.model, dtype=dtype)
-    _, trained = load_hf(tmp_path / "run" / "hf", dtype=dtype)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), base, trained)
-    assert moved["layers"]["attention"]["q"]["kernel"]
-    assert moved["embed"]["weight"] == mode.startswith("full")
-    assert json.loads((tmp_path / "run" / "hf" / "config.json").read_text())["dtype"] == dtype
+@pytest.mark.parametrize("option", [*ALPHAS, INLINE])
+def test_the_student_is_pulled_to_the_teacher(plain_runs, option):
+    losses = [line["loss"] for line in plain_runs[option]]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:2])
+    assert all(
+        line["loss"] > 0 and not {"teacher_distance", "ema_truncation"} & set(line) for line in plain_runs[option]
+    )
+
+
+def test_alpha_chooses_the_divergence(plain_runs):
+    first = [plain_runs[option][0] for option in ALPHAS]
+    losses = [line["loss"] for line in first]
+    assert losses[1] < min(losses[0], losses[2])  # JSD at 1/2 is about a quarter of either KL for near distributions
+    assert losses[0] != losses[2]
+    assert len({line["entropy"] for line in first}) == 1, "the student's samples are the same"
+
+
+def test_placement_changes_what_the_teacher_reads(plain_runs):
+    first, inline = (plain_runs[option][0] for option in (ALPHAS[0], INLINE))
+    assert first["loss"] != inline["loss"] and first["entropy"] == inline["entropy"]
 
 
 def test_sft_learns_the_gold_completions(tmp_path, main):
-    options = (*MODES["sft"], "--model.trainable=full", "--train.steps=12", "--optimizer.learning_rate=0.02")
-    outcome = main(tmp_path, *options, *TRAIN_ONLY)
-    assert outcome.code == 0
+    outcome = main(tmp_path, *SFT, "--train.steps=12", "--optimizer.learning_rate=0.05", *TRAIN_ONLY)
+    assert outcome.code == 0 and outcome.err == ""
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(math.log(264), abs=0.2)  # a random model
-    assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    not_here = {"divergence", "teacher_distance", "ema_truncation", "sampler_gap", "sampler_gap_max"}
+    assert not any(not_here & set(line) for line in lines)
     # "a7" or "a17" and the stop token.
     assert all(3 <= line["completion_length"] <= 4 and line["eos_rate"] == 1 for line in lines)
 
 
-def test_plain_pulls_the_student_to_the_teacher(tmp_path, main):
-    outcome = main(tmp_path, *MODES["plain"], "--train.steps=16", "--optimizer.learning_rate=0.02", *TRAIN_ONLY)
-    assert outcome.code == 0
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
-    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:2])
+def test_full_training_in_bfloat16_without_evaluation(tmp_path, main, workspace):
+    options = ("--model.trainable=full", "--model.dtype=bfloat16", "--rollout.max_sampler_gap=0.1", "--train.steps=3")
+    outcome = main(tmp_path, *PLAIN, *options, *TRAIN_ONLY)
+    assert outcome.code == 0 and outcome.err == ""
+    assert all(line["gradient_norm"] > 0 for line in read_metrics(tmp_path / "run"))
 
+    _, base = load_hf(workspace.model, dtype="bfloat16")
+    _, trained = load_hf(tmp_path / "run" / "hf", dtype="bfloat16")
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), base, trained)
+    assert moved["layers"]["attention"]["q"]["kernel"] and moved["embed"]["weight"] and moved["head"]["weight"]
+    assert json.loads((tmp_path / "run" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
-@pytest.fixture(scope="module")
-def first_steps(workspace, compiled_once, tmp_path_factory):
-    """The first step's metrics of plain runs that differ in one option; all sample the same completions."""
-    output_dir, found = tmp_path_factory.mktemp("options"), {}
-    for option in ("objective.alpha=0", "objective.alpha=0.5", "objective.alpha=1", "teacher.placement=inline"):
-        arguments = ["--config", str(workspace.config), f"--output_dir={output_dir}", f"--name={option}"]
-        assert train.main([*arguments, *MODES["plain"], "--train.steps=1", f"--{option}", *TRAIN_ONLY]) == 0
-        (found[option],) = read_metrics(output_dir / option)
-    return found
-
-
-def test_alpha_chooses_the_divergence(first_steps):
-    losses = [first_steps[f"objective.alpha={alpha}"]["loss"] for alpha in ("0", "0.5", "1")]
-    assert all(loss > 0 for loss in losses) and len(set(losses)) == 3
-    assert losses[1] < min(losses[0], losses[2])  # JSD at 1/2 is about a quarter of either KL for near distributions
-    assert len({line["entropy"] for line in first_steps.values()}) == 1, "the student's samples are the same"
-
-
-def test_placement_changes_what_the_teacher_reads(first_steps):
-    assert first_steps["teacher.placement=inline"]["loss"] != first_steps["objective.alpha=0"]["loss"]
+    result = read_result(tmp_path / "run")
+    assert result["before"] is result["after"] is result["gain"] is result["gain_interval"] is result["drift"] is None
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    assert (tmp_path / "run" / "report.md").exists()
 
 
 def test_run_can_be_called_from_python(tmp_path, workspace, compiled_once):
-    config = load_config(workspace.config, [f"--output_dir={tmp_path}", "--train.steps=2"])
+    config = load_config(workspace.config, [f"--output_dir={tmp_path}"])
     result = train.run(config)
     assert result.run_dir == tmp_path / "run"
     assert result.gain == result.after - result.before
-    assert result.details["steps"] == 2
+    assert result.details["steps"] == 6
     assert train.run(dataclasses.replace(config)) == result, "the second call reads the first one's result"

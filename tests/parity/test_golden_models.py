@@ -61,8 +61,16 @@ def test_greedy_tokens(golden):
     np.testing.assert_array_equal(rollout.ids, expected["greedy"])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("case", ["ema_forward_kl", "ema_reverse_kl", "ema_jsd_half", "ema_jsd_0p3_temp1"])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("llama", "ema_forward_kl"),
+        ("llama", "ema_reverse_kl"),
+        ("llama", "ema_jsd_half"),
+        ("llama", "ema_jsd_0p3_temp1"),
+        ("qwen2", "ema_forward_kl"),
+    ],
+)
 def test_the_objective_and_its_gradient(golden_dir, family, case):
     """One step of gradient descent at rate 1, so that the change of the weights is the gradient."""
     folder = golden_dir / "loss"

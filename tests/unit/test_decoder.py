@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from unisd_jax.errors import UserError
 from unisd_jax.models import Model, ModelConfig
-from unisd_jax.models.attention import attention, causal, rotary_angles, rotary_frequencies, rotate
+from unisd_jax.models import attention as attention_module
+from unisd_jax.models.attention import attention, causal, causal_attention, rotary_angles, rotary_frequencies, rotate
 from unisd_jax.models.config import Llama3Scaling
 from unisd_jax.models.decoder import token_positions
 from unisd_jax.testing import tiny_config, tiny_model
@@ -131,6 +132,17 @@ def test_a_query_that_may_see_nothing_is_not_nan():
     ones = jnp.ones((1, 1, 2, 4))
     mixed = attention(jnp.ones((1, 2, 1, 4)), ones, ones, jnp.zeros((1, 2, 2), bool))
     assert np.isfinite(mixed).all()
+
+
+@pytest.mark.parametrize("length", [4, 8, 10])
+def test_blocks_of_queries_change_nothing(monkeypatch, length):
+    monkeypatch.setattr(attention_module, "CAUSAL_BLOCK", 4)
+    rng = np.random.default_rng(6)
+    query = jnp.asarray(rng.standard_normal((3, length, 4, 4)), jnp.float32)
+    key, value = jnp.asarray(rng.standard_normal((2, 3, 2, length, 4)), jnp.float32)
+    mask = jnp.arange(length) >= jnp.array([[0], [1], [length - 2]])
+    blocks, whole = causal_attention(query, key, value, causal(mask)), attention(query, key, value, causal(mask))
+    np.testing.assert_allclose(blocks[mask], whole[mask], atol=1e-6)
 
 
 def test_rotary_pairs_are_half_the_width_apart():

@@ -10,7 +10,7 @@ import toys
 
 from unisd_jax.errors import UserError
 from unisd_jax.models import Lora, LoraFactors, init_lora, merge
-from unisd_jax.models.lora import TARGETS
+from unisd_jax.models.lora import TARGETS, low_rank_product
 
 ALL = tuple(TARGETS)
 
@@ -57,6 +57,13 @@ def test_the_start_depends_on_the_key_but_not_on_the_other_targets(toy):
 def test_an_unknown_target_is_named(toy):
     with pytest.raises(UserError, match=r"model\.lora\.targets: unknown 'gates'; known: q, k, v, o, gate, up, down"):
         init_lora(jax.random.key(0), toy[1], rank=2, alpha=1.0, targets=("q", "gates"))
+
+
+def test_a_rank_that_no_matrix_can_hold(toy):
+    """The key projection is 16 x 8."""
+    init_lora(jax.random.key(0), toy[1], rank=8, alpha=1.0, targets=("k",))
+    with pytest.raises(UserError, match=r"model\.lora\.rank is 9, more than the 16 x 8 matrix 'k' can hold"):
+        init_lora(jax.random.key(0), toy[1], rank=9, alpha=1.0, targets=("q", "k"))
 
 
 @pytest.mark.parametrize("targets", [ALL, ("down",)], ids=["all", "down"])
@@ -126,6 +133,22 @@ def test_the_gradient_reaches_adapters_only(toy):
     found = gradients.factors["mlp/down"]
     np.testing.assert_allclose(found.a, lora.scale * dense @ b.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(found.b, lora.scale * a.swapaxes(1, 2) @ dense, rtol=1e-3, atol=1e-3)
+
+
+def test_the_hand_written_backward_pass_is_the_derived_one():
+    rng = np.random.default_rng(3)
+    x, a, b, weight = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 6), (6, 3), (3, 4), (2, 5, 4))
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(product, *factors):
+        return jax.value_and_grad(lambda *args: jnp.sum(weight * product(*args)), argnums=(0, 1, 2))(*factors)
+
+    found, expected = gradients(low_rank_product, x, a, b), gradients(lambda x, a, b: (x @ a) @ b, x, a, b)
+    toys.assert_trees_close(found, expected, atol=1e-6)
+    half = gradients(low_rank_product, *(value.astype(jnp.bfloat16) for value in (x, a, b)))[1]
+    assert all(value.dtype == jnp.bfloat16 for value in half)
 
 
 def test_at_the_start_only_b_moves(toy):

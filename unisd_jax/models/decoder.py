@@ -20,8 +20,14 @@ from unisd_jax.models.lora import Lora, LoraFactors, low_rank_product
 class KVCache(NamedTuple):
     """Keys and values of every layer; slot `t` of the length axis belongs to token `t` of the padded sequence."""
 
-    key: Float[Array, "L B K S D"]
-    value: Float[Array, "L B K S D"]
+    key: Float[Array, "*L B K S D"]
+    value: Float[Array, "*L B K S D"]
+
+
+def insert(cache: KVCache, new: KVCache, slot: Int[Array, ""] | int) -> KVCache:
+    """`cache` with `new` from `slot` on; of all layers or of one (then without the axis L)."""
+    start = (*(0,) * (cache.key.ndim - 2), slot, 0)
+    return KVCache(*(jax.lax.dynamic_update_slice(old, more, start) for old, more in zip(cache, new, strict=True)))
 
 
 class LayerAdapter(NamedTuple):
@@ -73,22 +79,19 @@ class Attention(nnx.Module):
         self.o = Linear(queries, size, dtype=dtype, rngs=rngs)
         self.head_dim = config.head_dim
 
-    def __call__(self, x, angles, attend, adapter, cache, layer, slot):
+    def __call__(self, x, angles, attend, adapter, cache, slot):
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         query = rotate(heads(self.q(x, adapter, "attention/q")), *angles)
         key = rotate(heads(self.k(x, adapter, "attention/k")), *angles).swapaxes(1, 2)
         value = heads(self.v(x, adapter, "attention/v")).swapaxes(1, 2)
-        if cache is not None:
-            cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, 0, slot, 0)),
-                jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, 0, slot, 0)),
-            )
-            mixed = attention(query, cache.key[layer], cache.value[layer], attend)
+        if cache is None:
+            mixed, new = causal_attention(query, key, value, attend), None
         else:
-            mixed = causal_attention(query, key, value, attend)
-        return self.o(mixed.reshape(*x.shape[:2], -1), adapter, "attention/o"), cache
+            new = KVCache(key, value)
+            mixed = attention(query, *insert(cache, new, slot), attend)
+        return self.o(mixed.reshape(*x.shape[:2], -1), adapter, "attention/o"), new
 
 
 class SwiGLU(nnx.Module):
@@ -114,10 +117,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = SwiGLU(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, angles, attend, adapter, cache, layer, slot):
-        mixed, cache = self.attention(self.attention_norm(x), angles, attend, adapter, cache, layer, slot)
+    def __call__(self, x, angles, attend, adapter, cache, slot):
+        mixed, new = self.attention(self.attention_norm(x), angles, attend, adapter, cache, slot)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x), adapter), cache
+        return x + self.mlp(self.mlp_norm(x), adapter), new
 
 
 class Embedding(nnx.Module):
@@ -149,15 +152,15 @@ class Decoder(nnx.Module):
         block, stacked = nnx.split(self.layers)
         factors = None if lora is None else lora.factors
 
-        def layer_step(carry, layer_inputs):
-            x, cache = carry
-            weights, factors, layer = layer_inputs
+        def layer_step(x, layer_inputs):
+            weights, factors, layer_cache = layer_inputs
             adapter = None if lora is None else LayerAdapter(factors, lora.scale)
-            return nnx.merge(block, weights)(x, angles, attend, adapter, cache, layer, slot), None
+            return nnx.merge(block, weights)(x, angles, attend, adapter, layer_cache, slot)
 
-        layers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (stacked, factors, layers))
-        return self.norm(x), cache
+        # The layers return their new keys and values only, and the cache is written once: written layer by layer inside
+        # the scan, XLA's CPU backend copies the whole cache for every layer.
+        x, new = jax.lax.scan(layer_step, x, (stacked, factors, cache))
+        return self.norm(x), None if cache is None else insert(cache, new, slot)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ def init_lora(key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: fl
     """A new adapter that leaves the model as it is: A uniform in ±1/√in, B zero (PEFT's default).
 
     Raises:
-      UserError: an unknown target.
+      UserError: an unknown target, or a rank larger than a matrix.
     """
     unknown = [name for name in targets if name not in TARGETS]
     if unknown:
@@ -55,6 +55,8 @@ def init_lora(key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: fl
         if name not in targets:
             continue
         layers, inputs, outputs = _kernel(params, TARGETS[name]).shape
+        if rank > min(inputs, outputs):
+            raise UserError(f"model.lora.rank is {rank}, more than the {inputs} x {outputs} matrix {name!r} can hold")
         bound = inputs**-0.5
         a_key = jax.random.fold_in(key, index)
         a = jax.random.uniform(a_key, (layers, inputs, rank), jnp.float32, -bound, bound)

@@ -21,18 +21,19 @@ RANK_MULTIPLE = 2
 def start_ema(student: Any) -> Any:
     """The teacher before any update: equal to the student's starting point, in float32.
 
-    A fresh adapter has A·B = 0, so the teacher's adapter starts as zeros of its own, larger rank.
+    An adapter's factors are filled up with zeros to the teacher's larger rank, which leaves their product as it is.
     """
     if not isinstance(student, Lora):
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), student)
 
-    def zeros(factors: LoraFactors) -> LoraFactors:
+    def widen(factors: LoraFactors) -> LoraFactors:
         *layers, inputs, rank = factors.a.shape
         outputs = factors.b.shape[-1]
-        rank = min(RANK_MULTIPLE * rank, inputs, outputs)
-        return LoraFactors(jnp.zeros((*layers, inputs, rank)), jnp.zeros((*layers, rank, outputs)))
+        more = min(RANK_MULTIPLE * rank, inputs, outputs) - rank
+        zeros = LoraFactors(jnp.zeros((*layers, inputs, more)), jnp.zeros((*layers, more, outputs)))
+        return _stack(factors, zeros, 1.0, 1.0)
 
-    return Lora({path: zeros(factors) for path, factors in student.factors.items()}, student.scale)
+    return Lora({path: widen(factors) for path, factors in student.factors.items()}, student.scale)
 
 
 def ema_update(teacher: Any, student: Any, *, decay: float) -> Any:
