@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ class Checkpoints:
         self.say = say
         # orbax reports an unreadable checkpoint with its own tracebacks; `restore` says it in one line instead.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _ignore_closed_loops()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -157,6 +159,18 @@ def _word_sum(leaf: jax.Array) -> jax.Array:
     words = words.astype(jnp.uint32).ravel()
     # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32.
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+
+def _ignore_closed_loops() -> None:
+    """No traceback from reads and writes still under way when orbax, at the first that fails, closes their loop."""
+    earlier = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            earlier(unraisable)
+
+    if earlier.__qualname__ != report.__qualname__:
+        sys.unraisablehook = report
 
 
 def _digest(meta: dict[str, Any]) -> str:

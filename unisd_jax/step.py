@@ -81,7 +81,7 @@ def train_step(
     student = optax.apply_updates(state.student, updates)
     step = state.step + 1
     teacher, truncation = _move_teacher(state.teacher, student, step, settings)
-    metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+    metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
     metrics |= token_metrics(scores, views, settings.objective)
     if teacher is not None:
         metrics |= {"teacher_distance": weight_distance(teacher, student), "ema_truncation": truncation}

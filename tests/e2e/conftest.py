@@ -1,5 +1,6 @@
 """What the end-to-end tests share: a tiny chat model with data, a configuration, and ways to run the command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import pytest
 import yaml
+from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 from run_checks import Outcome, write_items
 
@@ -30,6 +32,8 @@ OPTIONS = {
     "evaluation": {"batch_size": 6, "max_completion_length": 8, "drift_tokens": 4},
     "checkpoint": {"every": 2, "keep": 2},
 }
+# Far more than is needed: with a limit, jax locks the folder, so that several processes can use it.
+CACHE_BYTES = 2**30
 
 
 class Workspace(NamedTuple):
@@ -44,21 +48,30 @@ class Workspace(NamedTuple):
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("workspace")
-    model = tiny_checkpoint(root / "tiny")
-    paths = write_items(root / "train.jsonl", "t", 20), write_items(root / "test.jsonl", "e", 6)
-    tree = {"inherit": str(REPOSITORY / "configs/modes/ema.yaml"), "output_dir": str(root / "never")} | OPTIONS
-    tree["model"] = tree["model"] | {"path": str(model)}
-    tree["data"] = tree["data"] | {"train_path": str(paths[0]), "test_path": str(paths[1])}
-    config = root / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    return Workspace(root, model, *paths, config)
+    root = shared_folder(tmp_path_factory) / "workspace"
+    found = Workspace(root, root / "tiny", root / "train.jsonl", root / "test.jsonl", root / "run.yaml")
+    with FileLock(f"{root}.lock"):
+        if not found.config.exists():
+            tiny_checkpoint(found.model)
+            write_items(found.train, "t", 20)
+            write_items(found.test, "e", 6)
+            tree = {"inherit": str(REPOSITORY / "configs/modes/ema.yaml")} | OPTIONS
+            tree["model"] = tree["model"] | {"path": str(found.model)}
+            tree["data"] = tree["data"] | {"train_path": str(found.train), "test_path": str(found.test)}
+            found.config.write_text(yaml.safe_dump(tree))
+    return found
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of this test session; of all its workers when there are several."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled programs, so that only the first of several equal runs pays for them."""
-    return tmp_path_factory.mktemp("compiled")
+    """Compiled programs, so that only the first of several equal runs pays for them; shared by parallel workers."""
+    return shared_folder(tmp_path_factory) / "compiled"
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +82,7 @@ def cli_environment(cache_dir: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(CACHE_BYTES),
     }
 
 
@@ -108,6 +122,7 @@ def compiled_once(cache_dir: Path) -> Iterator[None]:
         "jax_compilation_cache_dir": str(cache_dir),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_max_size": CACHE_BYTES,
     }
     earlier = {name: getattr(jax.config, name) for name in changes}
     for name, value in changes.items():
@@ -134,7 +149,11 @@ def main(workspace: Workspace, compiled_once: None, capfd: pytest.CaptureFixture
 @pytest.fixture(scope="session")
 def finished(cli: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A run by the command that nothing disturbed, and what it said. Tests read it and leave it alone."""
-    output_dir = tmp_path_factory.mktemp("finished")
-    outcome = cli(output_dir)
-    assert outcome.code == 0, outcome.err
-    return output_dir / "run", outcome
+    output_dir = shared_folder(tmp_path_factory) / "finished"
+    said = output_dir / "said.json"
+    with FileLock(f"{output_dir}.lock"):
+        if not said.exists():
+            outcome = cli(output_dir)
+            assert outcome.code == 0, outcome.err
+            said.write_text(json.dumps(outcome))
+    return output_dir / "run", Outcome(*json.loads(said.read_text()))

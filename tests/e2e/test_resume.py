@@ -18,7 +18,11 @@ from unisd_jax.testing import tiny_checkpoint
 # --- kill -9 ---
 
 # Python that ends its own process at an exact place: no sleeping, no race with a watcher.
-KILL = "import os, signal\ndef kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
+SIGNALS = """
+import os, signal
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
+"""
 AFTER_LINE = """
 from unisd_jax.metrics import MetricsWriter
 log = MetricsWriter.log
@@ -41,26 +45,35 @@ train.write_samples = lambda *_: kill()
 """
 
 
-def test_kill_9_anywhere_changes_nothing(finished, cli, tmp_path):
-    """One run, killed five times in a row; checkpoints are due at steps 2, 4 and 6."""
+def test_kill_9_anywhere_and_ctrl_c_change_nothing(finished, cli, tmp_path):
+    """One run, killed four times and interrupted once; checkpoints are due at steps 2, 4 and 6."""
     run_dir = tmp_path / "run"
-    places = [
-        (AFTER_LINE.format(step=1), 1),  # no checkpoint yet
-        (DURING_SAVE.format(step=2), 2),  # the first one is being written
-        (AFTER_LINE.format(step=3), 3),  # between two
-        (AFTER_LINE.format(step=4), 4),  # one is due, and not begun
-        (BEFORE_RESULT, 6),  # trained and exported, but no result
+    killed, interrupted = -signal.SIGKILL, 130
+    stops = [
+        (AFTER_LINE.format(step=1), 1, killed),  # no checkpoint yet
+        (DURING_SAVE.format(step=2), 2, killed),  # the first one is being written
+        (AFTER_LINE.format(step=4), 4, killed),  # one is due, and not begun
+        (AFTER_LINE.format(step=5).replace("kill()", "interrupt()"), 5, interrupted),
+        (BEFORE_RESULT, 6, killed),  # trained and exported, but no result
     ]
-    for place, steps in places:
-        outcome = cli(tmp_path, before=KILL + place)
-        assert outcome.code == -signal.SIGKILL, outcome
+    for place, steps, code in stops:
+        outcome = cli(tmp_path, before=SIGNALS + place)
+        assert outcome.code == code, outcome
         assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, steps + 1))
         assert not (run_dir / "result.json").exists()
+        if code == interrupted:
+            assert outcome.err.strip().splitlines() == [
+                "stopping after this step (once more to stop at once)",
+                "interrupted: stopped after step 5, which is saved; the same command continues",
+            ]
+            assert (run_dir / "checkpoints" / "5").is_dir()
+        else:
+            assert outcome.err == ""
     last = cli(tmp_path)
     assert last.code == 0 and last.err == ""
     assert "continuing after step 6" in last.out
     assert numbers(run_dir) == numbers(finished[0])
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["4", "6"]
+    assert (run_dir / "checkpoints" / "6").is_dir()
     assert not list(run_dir.rglob("*tmp*")) + list(run_dir.rglob("*.partial"))
 
 
@@ -72,24 +85,6 @@ def test_a_metrics_line_that_was_cut_short_is_repaired(crashed, reference, main)
 
 
 # --- Ctrl-C ---
-
-INTERRUPT = AFTER_LINE.replace("kill()", "os.kill(os.getpid(), signal.SIG{name})")
-
-
-def test_ctrl_c_finishes_the_step_saves_and_continues_exactly(finished, cli, tmp_path):
-    run_dir = tmp_path / "run"
-    outcome = cli(tmp_path, before=KILL + INTERRUPT.format(step=3, name="INT"))
-    assert outcome.code == 130
-    assert "Traceback" not in outcome.err and "KeyboardInterrupt" not in outcome.err
-    lines = outcome.err.strip().splitlines()
-    assert lines[0] == "stopping after this step (once more to stop at once)"
-    assert lines[1:] == ["interrupted: stopped after step 3, which is saved; the same command continues"]
-    assert [line["step"] for line in read_metrics(run_dir)] == [1, 2, 3]
-    assert (run_dir / "checkpoints" / "3").is_dir()
-
-    again = cli(tmp_path)
-    assert again.code == 0 and "continuing after step 3" in again.out and again.err == ""
-    assert numbers(run_dir) == numbers(finished[0])
 
 
 @pytest.fixture
@@ -110,8 +105,10 @@ def signal_at(monkeypatch):
     monkeypatch.setattr(MetricsWriter, "log", log)
 
 
-@pytest.mark.parametrize(("step", "number"), [(2, signal.SIGTERM), (6, signal.SIGINT)])
-def test_a_signal_at_a_checkpoint_or_at_the_last_step(reference, main, signal_at, monkeypatch, tmp_path, step, number):
+@pytest.mark.parametrize(("step", "number"), [(2, signal.SIGTERM), (3, signal.SIGINT), (6, signal.SIGINT)])
+def test_a_signal_at_a_checkpoint_between_two_and_at_the_last_step(
+    reference, main, signal_at, monkeypatch, tmp_path, step, number
+):
     signal_at(step, number)
     outcome = main(tmp_path, *TRAIN_ONLY)
     assert outcome.code == 130 and f"stopped after step {step}" in outcome.err

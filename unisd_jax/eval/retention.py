@@ -54,9 +54,11 @@ def drift_from_base(
         length_multiple=length_multiple,
     )  # fmt: skip
     total, count, longest = 0.0, 0, max(map(len, prompts))
-    for rows in fixed_batches(list(zip(prompts, replies, strict=True)), batch_size):
+    batches = fixed_batches(list(zip(prompts, replies, strict=True)), batch_size)
+    for start, rows in zip(range(0, len(prompts), batch_size), batches, strict=True):
         views = pad_prompts([row[0] for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
         ids, mask = pad_completions([row[1] for row in rows], pad_id=chat.pad_id, length=max_completion_length)
+        mask[len(prompts) - start :] = False
         divergence = _token_jsd(base, trained, *views, ids, mask, model=model)
         total, count = total + float(np.asarray(divergence)[mask].sum()), count + int(mask.sum())
     return total / count

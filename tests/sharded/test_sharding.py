@@ -1,0 +1,183 @@
+"""One device or eight, however they are arranged: the same loss, the same weights, each device with its own part."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from jax.sharding import PartitionSpec
+
+from unisd_jax.errors import ConfigError, UserError
+from unisd_jax.losses import Objective
+from unisd_jax.models import load_hf, save_hf
+from unisd_jax.models.layout import leaf_spec, path_name, place, tree_shardings
+from unisd_jax.optim import adamw
+from unisd_jax.parallel.mesh import AXES, build_mesh
+from unisd_jax.parallel.sharding import batch_sharding, jit_step, replicated
+from unisd_jax.rollout import JaxSampler, Sampling
+from unisd_jax.step import StepSettings, init_state, train_step
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4), (4, 1, 2)]
+# A large epsilon: Adam's first steps otherwise turn rounding of tiny gradients into whole steps.
+OPTIMIZER = adamw(lambda step: 0.05, b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.01, max_grad_norm=1.0)
+SETTINGS = StepSettings(Objective(alpha=0.5, temperature=0.8), ema_decay=0.9)
+
+
+@functools.cache
+def toy():
+    return toys.random_model()
+
+
+def student(kind):
+    _, params = toy()
+    return params if kind == "full" else toys.random_lora(params, targets=("q", "k", "o", "down"))
+
+
+def two_steps(kind, mesh):
+    """(states after each step, metrics of the second) from a state and a batch laid out over `mesh`."""
+    model, params = toy()
+    base = place(params, mesh)
+    # Copies: the step takes over the memory of its state.
+    state = place(init_state(jax.tree.map(jnp.copy, student(kind)), OPTIMIZER, SETTINGS), mesh)
+    views = jax.device_put(toys.random_views(), batch_sharding(mesh))
+    step = functools.partial(train_step, model=model, optimizer=OPTIMIZER, settings=SETTINGS)
+    # Ahead-of-time programs refuse inputs in another layout: the second call proves that the state kept its own.
+    compiled = jit_step(step, state, mesh).lower(state, base, views).compile(compiler_options=toys.QUICK)
+    before = state
+    state, _ = compiled(state, base, views)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.student)), "its memory is reused"
+    state, metrics = compiled(state, base, views)
+    return state, metrics
+
+
+@functools.cache
+def reference(kind):
+    """What one device computes."""
+    state, metrics = two_steps(kind, build_mesh())
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_any_mesh_computes_what_one_device_computes(kind, shape):
+    expected, expected_metrics = reference(kind)
+    mesh = build_mesh(*shape)
+    state, metrics = two_steps(kind, mesh)
+    for name, value in expected_metrics.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    assert float(metrics["loss"]) > 0.01 and int(state.step) == 2
+    found = jax.device_get(state)
+    toys.assert_trees_close((found.student, found.optimizer), (expected.student, expected.optimizer), atol=5e-5)
+    if kind == "lora":
+        toys.assert_trees_close(toys.products(found.teacher), toys.products(expected.teacher), atol=5e-5)
+    else:
+        toys.assert_trees_close(found.teacher, expected.teacher, atol=5e-5)
+    wanted = tree_shardings(state, mesh)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def shard_shapes(tree):
+    """{path: (whole shape, shape on each device)}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): (leaf.shape, leaf.addressable_shards[0].data.shape) for path, leaf in leaves}
+
+
+def test_parameters_are_really_divided():
+    """fsdp and tensor each take their dimension; data takes none."""
+    mesh = build_mesh(2, 2, 2)
+    state = init_state(student("lora"), OPTIMIZER, SETTINGS)
+    shapes = shard_shapes(place({"base": toy()[1], "state": state._asdict()}, mesh))
+    assert shapes["base/layers/attention/q/kernel"] == ((2, 16, 16), (2, 8, 8))
+    assert shapes["base/layers/attention/k/kernel"] == ((2, 16, 8), (2, 8, 4))
+    assert shapes["base/layers/attention/o/kernel"] == ((2, 16, 16), (2, 8, 8))
+    assert shapes["base/layers/mlp/up/kernel"] == ((2, 16, 24), (2, 8, 12))
+    assert shapes["base/layers/mlp/down/kernel"] == ((2, 24, 16), (2, 12, 8))
+    assert shapes["base/embed/weight"] == shapes["base/head/weight"] == ((32, 16), (16, 8))
+    assert shapes["base/norm/scale"] == ((16,), (16,))
+    # Adapters, their EMA at twice the rank and the optimizer's moments follow the matrices they belong to.
+    (moment,) = [path for path in shapes if path.endswith("mu/factors/mlp/down/a")]
+    for prefix, rank in (("state/student/factors", 2), ("state/teacher/factors", 4), (moment[: -len("/mlp/down/a")], 2)):
+        assert shapes[f"{prefix}/attention/q/a"] == ((2, 16, rank), (2, 8, rank))
+        assert shapes[f"{prefix}/attention/q/b"] == ((2, rank, 16), (2, rank, 8))
+        assert shapes[f"{prefix}/mlp/down/a"] == ((2, 24, rank), (2, 12, rank))
+        assert shapes[f"{prefix}/mlp/down/b"] == ((2, rank, 16), (2, rank, 8))
+
+
+def test_each_axis_divides_its_own_dimension():
+    assert leaf_spec("layers/attention/q/kernel", (2, 16, 16), build_mesh(1, 4, 2)) == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
+    assert leaf_spec("layers/mlp/down/kernel", (2, 24, 16), build_mesh(1, 4, 2)) == PartitionSpec(
+        None, "tensor", "fsdp"
+    )
+    assert leaf_spec("layers/attention/q/bias", (2, 16), build_mesh(1, 4, 2)) == PartitionSpec(None, "tensor")
+
+
+def test_what_does_not_divide_is_replicated():
+    mesh = build_mesh(1, 2, 4)
+    assert leaf_spec("embed/weight", (33, 16), mesh) == PartitionSpec(None, "fsdp")
+    assert leaf_spec("embed/weight", (33, 15), mesh) == PartitionSpec(None, None)
+    assert leaf_spec("layers/mlp/up/kernel", (2, 15, 24), mesh) == PartitionSpec(None, None, "tensor")
+    assert leaf_spec("layers/mlp/up/kernel", (2, 16, 26), mesh) == PartitionSpec(None, "fsdp", None)
+    assert leaf_spec("layers/mlp_norm/scale", (2, 16), mesh) == PartitionSpec()
+    assert leaf_spec("step", (), mesh) == PartitionSpec()
+    placed = place({"embed": {"weight": jnp.zeros((33, 16))}}, mesh)
+    assert placed["embed"]["weight"].addressable_shards[0].data.shape == (33, 8)
+
+
+def test_every_matrix_of_the_decoder_is_in_the_table():
+    """A parameter whose name the table does not know would silently be kept whole on every device."""
+    mesh = build_mesh(1, 2, 2)
+    model, params = toys.random_model(family="qwen2", attention_bias=True)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        assert any(leaf_spec(name, leaf.shape, mesh)) != name.endswith("scale"), name
+
+
+def test_rows_go_to_data_and_fsdp():
+    views = jax.device_put(toys.random_views(), batch_sharding(build_mesh(2, 2, 2)))
+    assert views.student.ids.addressable_shards[0].data.shape == (2, 6)
+    assert len({shard.device for shard in views.student.ids.addressable_shards}) == 8
+    assert replicated(build_mesh(8)).is_fully_replicated
+
+
+def test_loading_onto_a_mesh(tmp_path):
+    model, params = toy()
+    save_hf(tmp_path / "model", model, params)
+    mesh = build_mesh(1, 2, 4)
+    loaded_model, loaded = load_hf(tmp_path / "model", mesh=mesh)
+    assert loaded_model == model
+    toys.assert_trees_close(loaded, params)
+    assert shard_shapes(loaded)["layers/mlp/down/kernel"] == ((2, 24, 16), (2, 6, 8))
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(loaded))
+
+
+def test_sampling_from_weights_on_a_mesh():
+    model, params = toy()
+    prompts = toys.left_padded(np.random.default_rng(0), 4, 6)
+    rollouts = []
+    for weights in (params, place(params, build_mesh(2, 2, 2))):
+        sampler = JaxSampler(model)
+        sampler.publish(weights, 0)
+        rollouts.append(sampler.generate(*prompts, Sampling(5, (3,), 0), key=jax.random.key(1), version=0))
+    one, eight = rollouts
+    np.testing.assert_array_equal(one.ids, eight.ids)
+    np.testing.assert_allclose(one.logps, eight.logps, atol=1e-4)
+
+
+def test_the_mesh():
+    mesh = build_mesh(2, 1, 4)
+    assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert build_mesh().devices.size == 1
+    assert len({device.id for device in build_mesh(2, 2, 2).devices.flat}) == 8
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(ConfigError) as error:
+        build_mesh(data=4, fsdp=2, tensor=2)
+    message = str(error.value)
+    assert "mesh.data x mesh.fsdp x mesh.tensor = 4 x 2 x 2 = 16 devices, found 8" in message and "\n" not in message
+    assert issubclass(ConfigError, UserError)
