@@ -2,8 +2,8 @@
 
     python scripts/bench_step.py --model models/smollm2-135m-instruct [--torch-python ENV/bin/python]
 
-The two engines take turns in fresh processes, `--rounds` times, with the same weights, tokens and loss (the first loss of
-both is compared). The train step is the whole one: frozen teacher over its longer prompt, student with LoRA on all
+The two engines take turns in fresh processes, `--rounds` times, with the same weights, tokens and loss (the first loss
+of both is compared). The train step is the whole one: frozen teacher over its longer prompt, student with LoRA on all
 projections forward and backward, forward KL over the full vocabulary at the completion tokens, clipped AdamW.
 Prints a table and writes `benchmarks/results/step-<date>-<device>.json`.
 """
@@ -127,7 +127,7 @@ def run_engine(command: list[str]) -> dict[str, Any]:
 
 
 def table_rows(runs: dict[str, list]) -> list[dict[str, Any]]:
-    """Median over all timed calls of all rounds; tokens/s counts sampled tokens, or all tokens scored by both networks."""
+    """Median over all timed calls; tokens/s counts sampled tokens, or all tokens scored by both networks."""
     rows = []
     for name in ("sampler", *STEPS):
         if name == "sampler":

@@ -48,7 +48,9 @@ def main() -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
     for name, shape in work["steps"].items():
-        student, teacher = (tokens(seed, (shape["batch"], shape[who])) for seed, who in ((1, "student"), (2, "teacher")))
+        student, teacher = (
+            tokens(seed, (shape["batch"], shape[who])) for seed, who in ((1, "student"), (2, "teacher"))
+        )
         completion = tokens(3, (shape["batch"], shape["completion"]))
 
         def logits(prompt, completion=completion):

@@ -92,6 +92,4 @@ def assert_trees_close(found, expected, *, rtol=0.0, atol=0.0):
         want, have = np.asarray(want), np.asarray(have)
         assert want.shape == have.shape and want.dtype == have.dtype, jax.tree_util.keystr(path)
         scale = np.max(np.abs(want), initial=0.0)
-        np.testing.assert_allclose(
-            have, want, rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path)
-        )
+        np.testing.assert_allclose(have, want, rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path))

@@ -169,7 +169,8 @@ def _ignore_closed_loops() -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             earlier(unraisable)
 
-    if earlier.__qualname__ != report.__qualname__:
+    report.ignores_closed_loops = True
+    if not hasattr(earlier, "ignores_closed_loops"):
         sys.unraisablehook = report
 
 

@@ -43,10 +43,10 @@ def open_run_dir(config: Config) -> Path:
     _check_usable(run_dir)
     if path.exists():
         try:
-            earlier = dict(yaml.safe_load(path.read_text())["config"])
-        except (yaml.YAMLError, TypeError, KeyError, ValueError):
+            earlier = yaml.safe_load(path.read_text())
+            lines = configuration.difference(earlier, configuration.to_dict(config))
+        except (yaml.YAMLError, AttributeError):
             raise ConfigError(f"{path} is not a resolved configuration; choose another name or output_dir") from None
-        lines = configuration.difference(earlier, configuration.to_dict(config))
         lines = [line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))]
         if lines:
             raise ConfigError(
@@ -56,9 +56,8 @@ def open_run_dir(config: Config) -> Path:
 
 
 def write_config(run_dir: Path, config: Config) -> None:
-    """The resolved configuration and its hash: from here on the directory belongs to this run."""
-    record = {"config_hash": configuration.config_hash(config), "config": configuration.to_dict(config)}
-    write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+    """The resolved configuration, itself a file for `--config`: from here on the directory belongs to this run."""
+    write_text_atomic(run_dir / "config.yaml", configuration.to_yaml(config))
 
 
 def write_samples(run_dir: Path, experiment: Experiment, before: Evaluation | None, after: Evaluation | None) -> None:

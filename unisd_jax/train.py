@@ -31,7 +31,7 @@ from unisd_jax.eval.runner import Evaluation
 from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, require_finite, student_params
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
-from unisd_jax.metrics import MetricsWriter
+from unisd_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from unisd_jax.models import save_hf
 from unisd_jax.parallel.sharding import batch_sharding, jit_step
 from unisd_jax.random import purpose_key
@@ -69,10 +69,10 @@ def run(config: Config) -> RunResult:
             print(f"continuing after step {int(state.step)}", flush=True)
         with timed(timer, "evaluation"):
             before = evaluate_before(experiment, run_dir)
-        with timed(timer, "training"):
-            state = train(experiment, state, data, checkpoints, run_dir)
+        state = train(experiment, state, data, checkpoints, run_dir)
     finally:
         checkpoints.close()
+    timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
     trained = student_params(experiment, state)
     with timed(timer, "evaluation"):
         after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None

@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_model_is_refused(crash, main, tmp_path):
 
 
 def test_a_config_file_that_is_not_ours_is_refused(crashed, main):
-    for content in ("just text", "config: 3", "a: [", ""):
+    for content in ("just text", "- 3", "a: [", ""):
         (crashed / "config.yaml").write_text(content)
         assert "is not a resolved configuration" in error_line(main(crashed.parent, *TRAIN_ONLY))
 
@@ -286,7 +286,7 @@ def test_options_of_checkpoints_and_logging_may_change(crashed, reference, main)
     changed = ("--checkpoint.every=5", "--checkpoint.keep=1", "--logging.samples=2")
     assert main(crashed.parent, *TRAIN_ONLY, *changed).code == 0
     assert numbers(crashed) == numbers(reference)
-    assert yaml.safe_load((crashed / "config.yaml").read_text())["config"]["checkpoint"]["keep"] == 1
+    assert yaml.safe_load((crashed / "config.yaml").read_text())["checkpoint"]["keep"] == 1
     assert sorted(path.name for path in (crashed / "checkpoints").iterdir()) == ["6"]
 
 

@@ -1,6 +1,6 @@
 """Forward passes, greedy tokens and training objectives that other implementations computed on tiny random models.
 
-`data/llama31` (a checkpoint and its numbers) lies beside this file; the other families need the folder of golden numbers.
+`data/llama31`, a checkpoint and its numbers, lies beside this file; other families need the folder of golden numbers.
 """
 
 import functools
@@ -78,9 +78,7 @@ def test_the_objective_and_its_gradient(golden_dir, family, case):
     expected = json.loads((folder / f"{family}.json").read_text())["cases"][case]
     with np.load(folder / f"{family}.npz") as file:
         batch = {name.removeprefix("batch/"): file[name] for name in file.files if name.startswith("batch/")}
-        gradients = {
-            name.rsplit("/", 1)[1]: file[name] for name in file.files if name.startswith(f"grad/{case}/")
-        }
+        gradients = {name.rsplit("/", 1)[1]: file[name] for name in file.files if name.startswith(f"grad/{case}/")}
     model, student = load_hf(folder / f"{family}_student")
     _, teacher = load_hf(folder / f"{family}_teacher")
 

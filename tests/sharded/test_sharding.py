@@ -99,7 +99,11 @@ def test_parameters_are_really_divided():
     assert shapes["base/norm/scale"] == ((16,), (16,))
     # Adapters, their EMA at twice the rank and the optimizer's moments follow the matrices they belong to.
     (moment,) = [path for path in shapes if path.endswith("mu/factors/mlp/down/a")]
-    for prefix, rank in (("state/student/factors", 2), ("state/teacher/factors", 4), (moment[: -len("/mlp/down/a")], 2)):
+    for prefix, rank in (
+        ("state/student/factors", 2),
+        ("state/teacher/factors", 4),
+        (moment[: -len("/mlp/down/a")], 2),
+    ):
         assert shapes[f"{prefix}/attention/q/a"] == ((2, 16, rank), (2, 8, rank))
         assert shapes[f"{prefix}/attention/q/b"] == ((2, rank, 16), (2, rank, 8))
         assert shapes[f"{prefix}/mlp/down/a"] == ((2, 24, rank), (2, 12, rank))

@@ -83,10 +83,10 @@ def test_every_target_reaches_its_matrix(toy, target):
     merged, product = merge(params, lora), toys.products(lora)[TARGETS[target]]
     expected = np.asarray(params["layers"][group][name]["kernel"]) + product
     np.testing.assert_allclose(merged["layers"][group][name]["kernel"], expected, atol=1e-5)
+    before = jax.tree_util.tree_leaves_with_path(params)
     changed = [
-        path for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(merged), strict=True)
-        if not np.array_equal(old, new)
-    ]  # fmt: skip
+        path for (path, old), new in zip(before, jax.tree.leaves(merged), strict=True) if not np.array_equal(old, new)
+    ]
     assert [jax.tree_util.keystr(path, simple=True, separator="/") for path in changed] == [
         f"layers/{TARGETS[target]}/kernel"
     ]

@@ -66,7 +66,7 @@ def two_tokens(*probabilities):
 
 
 def test_direction_by_hand():
-    """Teacher (3/4, 1/4), student (1/2, 1/2): the two directions differ, and alpha = 0 is the one weighted by the teacher."""
+    """Teacher (3/4, 1/4), student (1/2, 1/2): the directions differ, and alpha = 0 is weighted by the teacher."""
     teacher, student = two_tokens(0.75, 0.25), two_tokens(0.5, 0.5)
     forward = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
     reverse = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)

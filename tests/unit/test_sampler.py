@@ -93,7 +93,9 @@ def test_log_probs_are_the_trainers_scores(toy, score, changes):
 
 def test_left_padding_changes_nothing(toy):
     *_, prompts, generate = toy
-    wider = Prompts(*(np.pad(x, ((0, 0), (4, 0)), constant_values=fill) for x, fill in zip(prompts, (9, 0), strict=True)))
+    wider = Prompts(
+        *(np.pad(x, ((0, 0), (4, 0)), constant_values=fill) for x, fill in zip(prompts, (9, 0), strict=True))
+    )
     plain, padded = generate(drawn(), key=2), generate(drawn(), key=2, prompts=wider)
     np.testing.assert_array_equal(plain.ids, padded.ids)
     np.testing.assert_allclose(plain.logps, padded.logps, atol=1e-5)
@@ -131,7 +133,9 @@ def test_a_stop_token_ends_its_row_only(toy):
     # Tokens that greedy decoding is known to produce, at different places in different rows.
     stop_ids = (int(free[0, 2]), int(free[1, 4]))
     rollout = generate(greedy(stop_ids))
-    for row, found, mask, logps, stopped in zip(free, rollout.ids, rollout.mask, rollout.logps, rollout.stopped, strict=True):
+    for row, found, mask, logps, stopped in zip(
+        free, rollout.ids, rollout.mask, rollout.logps, rollout.stopped, strict=True
+    ):
         ends = np.flatnonzero(np.isin(row, stop_ids))
         length = ends[0] + 1 if len(ends) else LENGTH
         np.testing.assert_array_equal(found[:length], row[:length])

@@ -216,7 +216,9 @@ def test_the_teacher_follows_every_so_many_steps():
     assert moved == [True, False, True, False]
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("lora", EMA), ("full", reduced(EMA, "upstream"))], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("lora", EMA), ("full", reduced(EMA, "upstream"))], ids=["lora", "full"]
+)
 def test_the_teacher_follows_the_updated_student(kind, settings):
     """decay · teacher before + (1 − decay) · student after, of effective weights."""
     before, after, metrics = run(kind, settings)

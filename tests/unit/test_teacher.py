@@ -170,7 +170,10 @@ def test_distance_of_adapters_is_that_of_their_products(params):
 
 
 def test_distance_of_full_weights():
-    teacher, student = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([0.0])}, {"a": jnp.array([1.0, 0.0]), "b": jnp.array([3.0])}
+    teacher, student = (
+        {"a": jnp.array([1.0, 2.0]), "b": jnp.array([0.0])},
+        {"a": jnp.array([1.0, 0.0]), "b": jnp.array([3.0])},
+    )
     assert float(weight_distance(teacher, student)) == pytest.approx(np.sqrt((4 + 9) / (1 + 9)), rel=1e-6)
 
 
