@@ -4,7 +4,7 @@ VENV ?= .venv
 RUNS ?= runs
 # Extra overrides for both quickstart trainings, as in QUICKSTART_ARGS="--data.test_limit=80".
 QUICKSTART_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest -q --basetemp=.cache/pytest-$(notdir $(VENV))

@@ -5,16 +5,25 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from unisd_jax.models import Lora, LoraFactors, Model
 from unisd_jax.models.lora import TARGETS
 from unisd_jax.testing import tiny_config
 from unisd_jax.types import Completions, Prompts, Views
 
-# Options of jax.jit for programs that run once or twice: half the compile time, the same arithmetic.
+# Options of jax.jit for programs that run once or twice.
 QUICK = {"xla_backend_optimization_level": 0}
 VOCABULARY = 32
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """Programs of a test run once or twice: compiled without the last optimizations they are ready in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

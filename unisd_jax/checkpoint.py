@@ -179,8 +179,8 @@ def _digest(meta: dict[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    # Paths and wrappers stand in the middle; the cause comes last.
+    # tensorstore wraps the cause in paths and adds details in brackets: it stands last before the first bracket.
+    text = " ".join(str(error).split()).partition(" [")[0] or type(error).__name__
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
 
 

@@ -1,5 +1,9 @@
 """What a user did wrong, said in one line; entry points print it and exit with status 2."""
 
+import sys
+
+BAD_INPUT = 2
+
 
 class UserError(Exception):
     """Bad input: the message says what was found, what was expected and which option to change."""
@@ -7,3 +11,12 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
+
+
+def report_error(error: UserError | OSError) -> int:
+    """Prints the error as one line on stderr; returns the exit status for bad input."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return BAD_INPUT

@@ -14,7 +14,7 @@ import numpy as np
 
 from unisd_jax import config as configuration
 from unisd_jax.config import Config
-from unisd_jax.errors import UserError
+from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.statistics import mean_interval
 from unisd_jax.experiment import build, environment, evaluate_test
 from unisd_jax.interrupt import INTERRUPTED
@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"would evaluate {command.config.model.path} on {len(experiment.test)} test items")
             return 0
         result = run(command.config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return report_error(error)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED

@@ -25,7 +25,7 @@ from unisd_jax.checkpoint import Checkpoints
 from unisd_jax.config import Config
 from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.pipeline import Example, batches
-from unisd_jax.errors import UserError
+from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.retention import drift_from_base
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, require_finite, student_params
@@ -274,13 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(command.config)
             return 0
         result = run(command.config)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return report_error(error)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {str(error) or 'the same command continues from the last checkpoint'}", file=sys.stderr)
         return INTERRUPTED

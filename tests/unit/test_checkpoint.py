@@ -190,6 +190,19 @@ def test_a_missing_part_is_noticed(directory, part):
     assert int(read(directory).state.step) == 2
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"next_index": 4', '"next_index": 5'), ("float32", "float22"), ("unisd_jax/1", "unisd_jax/2")]
+)
+def test_a_record_that_was_changed_is_noticed(directory, old, new):
+    """Still valid JSON: another place in the data, another model, another program. It is damage all the same."""
+    path = directory / "4" / "meta" / "metadata"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    said: list[str] = []
+    assert int(read(directory, said=said).state.step) == 2
+    assert "its record is not the one that was saved" in said[0]
+
+
 def test_exchanged_values_are_noticed(directory):
     """The record of another step, whole in itself."""
     shutil.copy(directory / "2" / "meta" / "metadata", directory / "4" / "meta" / "metadata")
