@@ -20,6 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Two pieces of the step, to see where its time goes: one product of the MLP, and attention with its gradient.
+PIECES = {
+    "20 products 2048x576 @ 576x1536": {"tokens": 2048, "inputs": 576, "outputs": 1536, "calls": 20},
+    "attention + gradient, 4 x 512": {"batch": 4, "length": 512, "heads": 9, "kv_heads": 3, "dim": 64},
+}
 SAMPLER = {"batch": 8, "prompt": 64, "new": 64}
 STEPS = {
     "step, 16 x (56 | 96) + 16": {"batch": 16, "student": 56, "teacher": 96, "completion": 16},
@@ -34,6 +39,7 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from unisd_jax.models import init_lora, load_hf
+    from unisd_jax.models.attention import causal, causal_attention
     from unisd_jax.optim import adamw
     from unisd_jax.parallel.mesh import build_mesh
     from unisd_jax.parallel.sharding import jit_step
@@ -56,12 +62,32 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
             times.append(time.perf_counter() - started)
         return times
 
+    def normal(seed, *shape):
+        return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
     results: dict[str, Any] = {"versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}
     shape = work["sampler"]
     prompts = tokens(0, (shape["batch"], shape["prompt"]))
     sampling = Sampling(shape["new"], stop_ids=(), pad_id=0)
     run = functools.partial(sample, base, prompts, prompts > 0, jax.random.key(0), model=model, sampling=sampling)
     results["sampler"] = {"seconds": seconds(lambda: jax.block_until_ready(run()))}
+
+    product, mix = work["pieces"].values()
+    x = jnp.asarray(normal(4, product["tokens"], product["inputs"]))
+    weight = jnp.asarray(normal(5, product["inputs"], product["outputs"]))
+    multiply = jax.jit(jnp.matmul)
+
+    def products():
+        for _ in range(product["calls"]):
+            multiply(x, weight).block_until_ready()
+
+    batch, length, dim = mix["batch"], mix["length"], mix["dim"]
+    query = jnp.asarray(normal(6, batch, length, mix["heads"], dim))
+    key, value = (jnp.asarray(normal(seed, batch, mix["kv_heads"], length, dim)) for seed in (7, 8))
+    attend = causal(jnp.ones((batch, length), bool))
+    gradient = jax.jit(jax.grad(lambda *heads: jnp.sum(causal_attention(*heads, attend) ** 2), argnums=(0, 1, 2)))
+    calls = (products, lambda: jax.block_until_ready(gradient(query, key, value)))
+    results |= {name: {"seconds": seconds(call)} for name, call in zip(work["pieces"], calls, strict=True)}
 
     optimizer = adamw(lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
     for name, shape in work["steps"].items():
@@ -103,6 +129,7 @@ def main() -> int:
         "dtype": arguments.dtype,
         "rank": 16,
         "repeats": arguments.repeats,
+        "pieces": PIECES,
         "sampler": SAMPLER,
         "steps": STEPS,
     }
@@ -128,22 +155,22 @@ def run_engine(command: list[str]) -> dict[str, Any]:
 
 def table_rows(runs: dict[str, list]) -> list[dict[str, Any]]:
     """Median over all timed calls; tokens/s counts sampled tokens, or all tokens scored by both networks."""
+    tokens_of = {"sampler": SAMPLER["batch"] * SAMPLER["new"]} | {
+        name: shape["batch"] * (shape["student"] + shape["teacher"] + 2 * shape["completion"])
+        for name, shape in STEPS.items()
+    }
     rows = []
-    for name in ("sampler", *STEPS):
-        if name == "sampler":
-            tokens = SAMPLER["batch"] * SAMPLER["new"]
-        else:
-            shape = STEPS[name]
-            tokens = shape["batch"] * (shape["student"] + shape["teacher"] + 2 * shape["completion"])
+    for name in ("sampler", *STEPS, *PIECES):
+        tokens = tokens_of.get(name)
         row: dict[str, Any] = {"workload": name}
         for engine, results in runs.items():
             median = statistics.median(value for result in results for value in result[name]["seconds"])
-            row[engine] = {"seconds": median, "tokens_per_second": tokens / median}
-            if name != "sampler":
+            row[engine] = {"seconds": median} | ({"tokens_per_second": tokens / median} if tokens else {})
+            if name in STEPS:
                 row[engine]["first_loss"] = results[0][name]["loss"]
         if "torch" in row:
             row["jax_over_torch_speed"] = row["torch"]["seconds"] / row["jax"]["seconds"]
-            if name != "sampler":
+            if name in STEPS:
                 apart = abs(row["jax"]["first_loss"] - row["torch"]["first_loss"])
                 assert apart < 1e-3 * abs(row["torch"]["first_loss"]), f"{name}: the two losses differ: {row}"
         rows.append(row)
@@ -152,12 +179,13 @@ def table_rows(runs: dict[str, list]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Seconds, tokens/s and the ratio, a line per workload."""
-    print(f"{'workload':<30} {'jax s':>8} {'tok/s':>8} {'torch s':>8} {'tok/s':>8} {'speed jax/torch':>16}")
+    print(f"{'workload':<32} {'jax s':>8} {'tok/s':>8} {'torch s':>8} {'tok/s':>8} {'speed jax/torch':>16}")
     for row in rows:
-        cells = [f"{row['workload']:<30}"]
+        cells = [f"{row['workload']:<32}"]
         for engine in ("jax", "torch"):
             found = row.get(engine)
-            cells += [f"{found['seconds']:8.2f}", f"{found['tokens_per_second']:8.0f}"] if found else [f"{'-':>8}"] * 2
+            rate = f"{found['tokens_per_second']:8.0f}" if found and "tokens_per_second" in found else f"{'-':>8}"
+            cells += [f"{found['seconds']:8.2f}" if found else f"{'-':>8}", rate]
         cells.append(f"{row['jax_over_torch_speed']:16.2f}" if "torch" in row else f"{'-':>16}")
         print(" ".join(cells))
 

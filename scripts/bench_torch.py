@@ -44,6 +44,28 @@ def main() -> None:
 
     results["sampler"] = {"seconds": seconds(sample)}
 
+    product, mix = work["pieces"].values()
+
+    def normal(seed, *shape):
+        return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+    x, weight = normal(4, product["tokens"], product["inputs"]), normal(5, product["inputs"], product["outputs"])
+
+    def products():
+        for _ in range(product["calls"]):
+            x @ weight
+
+    batch, length, dim = mix["batch"], mix["length"], mix["dim"]
+    query = normal(6, batch, mix["heads"], length, dim).requires_grad_()
+    key, value = (normal(seed, batch, mix["kv_heads"], length, dim).requires_grad_() for seed in (7, 8))
+
+    def attend():
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        torch.autograd.grad((mixed**2).sum(), (query, key, value))
+
+    calls = (products, attend)
+    results |= {name: {"seconds": seconds(call)} for name, call in zip(work["pieces"], calls, strict=True)}
+
     add_lora(model, work["rank"])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
