@@ -60,7 +60,8 @@ def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
+    # However deep the temporary folder lies.
+    assert "\n" not in message and len(message.replace(str(path.parent), "")) < 400
     assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
     return message
 
