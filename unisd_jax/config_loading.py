@@ -94,7 +94,8 @@ def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         inherited = f" (inherited by {chain[-1]})" if chain else ""
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read configuration file {json.dumps(str(path), ensure_ascii=False)}{inherited}: {reason}") from None
+        named = json.dumps(str(path), ensure_ascii=False)
+        raise ConfigError(f"cannot read configuration file {named}{inherited}: {reason}") from None
     if path.resolve() in (previous.resolve() for previous in chain):
         raise ConfigError(f"configuration files inherit in a circle: {' -> '.join(map(str, (*chain, path)))}")
     tree = parse_yaml(source, str(path))
