@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
             return float(metrics["loss"])
 
         results[name] = {"loss": call(), "seconds": seconds(call)}
+    results["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return results
 
 
@@ -141,6 +143,8 @@ def main() -> int:
             runs["torch"].append(run_engine([arguments.torch_python, script, json.dumps(work)]))
     rows = table_rows(runs)
     print_table(rows)
+    for engine, results in runs.items():
+        print(f"peak memory of the {engine} process: {max(result['peak_memory_gib'] for result in results):.1f} GiB")
     print(f"written: {write_record(arguments.out, work, runs, rows)}")
     return 0
 

@@ -4,6 +4,7 @@ Needs torch and transformers; prints one JSON line of seconds per workload. torc
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -98,6 +99,7 @@ def main() -> None:
         with torch.no_grad():
             first = float(loss())
         results[name] = {"loss": first, "seconds": seconds(step)}
+    results["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(results))
 
 
