@@ -261,7 +261,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(cli, tmp_path):
         "Checkpoints.save = limited\n"
     )
     outcome = cli(tmp_path, *TRAIN_ONLY, before=limit)
-    assert "a checkpoint could not be written" in error_line(outcome) and "File too large" in outcome.err
+    # Threads of the libraries may still say something of their own about the other files of that checkpoint.
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert outcome.code == 2 and len(errors) == 1 and "a checkpoint could not be written" in errors[0], outcome.err
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
