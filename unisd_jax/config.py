@@ -7,9 +7,9 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import draccus
 import yaml
@@ -25,182 +25,49 @@ from unisd_jax.config_loading import (
     suggestion,
     walk_options,
 )
-from unisd_jax.config_validation import LORA_TARGETS, check_values
+from unisd_jax.config_options import Config as Config
+from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
-# --- The options ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """Low-rank adapters: which projections, how wide."""
-
-    rank: int = 64
-    alpha: float = 128.0
-    targets: tuple[str, ...] = LORA_TARGETS
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The checkpoint, its precision and which of its weights are trained."""
-
-    path: str
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    trainable: Literal["lora", "full"] = "lora"
-    lora: LoraOptions = field(default_factory=LoraOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The task, its files and how long a prompt may be."""
-
-    task: Literal["short_answers", "jsonl"] = "short_answers"
-    train_path: str | None = None
-    test_path: str | None = None
-    train_limit: int | None = None
-    test_limit: int | None = None
-    shuffle: bool = True
-    max_prompt_length: int = 512
-    overlong: Literal["drop", "error"] = "drop"
-    length_multiple: int = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
-    """What the teacher is shown, and how its weights follow the student."""
-
-    condition: Literal["gold", "none"] = "gold"
-    placement: Literal["turns", "inline"] = "inline"
-    ema: bool = False
-    ema_sync_steps: int = 10
-    ema_decay: float = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """The loss and its denominator."""
-
-    loss: Literal["divergence", "nll"] = "divergence"
-    alpha: float = 0.0
-    normalize: Literal["batch", "sequence", "upstream"] = "batch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutOptions:
-    """How the student samples its completions."""
-
-    max_completion_length: int = 1024
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    mask_truncated_completions: bool = False
-    max_sampler_gap: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """AdamW and the learning rate's course."""
-
-    learning_rate: float = 2e-5
-    warmup_ratio: float = 0.1
-    schedule: Literal["cosine", "constant"] = "cosine"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How long, and how many examples at a time."""
-
-    steps: int = 100
-    batch_size: int = 16
-    micro_batches: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshOptions:
-    """How many devices along each axis."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Evaluation on the test items before and after training."""
-
-    enabled: bool = True
-    batch_size: int = 16
-    max_completion_length: int = 1024
-    drift_tokens: int = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    """How often a checkpoint is written and how many are kept."""
-
-    every: int = 50
-    keep: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingOptions:
-    """What is recorded beside the metrics."""
-
-    samples: int = 8
-    wandb: bool = False
-    wandb_project: str = "unisd_jax"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One run."""
-
-    name: str = "run"
-    output_dir: str = "runs"
-    seed: int = 0
-    mode: Literal["plain", "ema", "sft"] = "plain"
-    model: ModelOptions
-    data: DataOptions = field(default_factory=DataOptions)
-    teacher: TeacherOptions = field(default_factory=TeacherOptions)
-    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    rollout: RolloutOptions = field(default_factory=RolloutOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    train: TrainOptions = field(default_factory=TrainOptions)
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    logging: LoggingOptions = field(default_factory=LoggingOptions)
-
-
-# --- Reading and writing ---
-
 # Where a run is kept and what is said about it; these may change when a run is resumed.
-_NOT_HASHED = ("name", "output_dir", "logging", "checkpoint")
+_NOT_HASHED = ("name", "output_dir", "preset", "logging", "checkpoint")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, with dotted overrides such as `--train.steps=20` on top.
 
     The file may have a top-level key `inherit` (a path or a list of paths, relative to the file): those files
-    are merged first, mappings recursively, scalars and lists replaced, later ones winning. The value of an
-    override is YAML. Paths inside the configuration stay as written: relative to the current directory.
+    are merged first, mappings recursively, scalars and lists replaced, later ones winning. A file's `variants` map
+    names such as `preset.launcher` to options that are merged over that file where `preset` is "launcher". The value of
+    an override is YAML. Paths inside the configuration stay as written: relative to the current directory.
 
     Raises:
       ConfigError: unreadable file, unknown option, wrong type, value out of range, switches that contradict
         the mode.
     """
-    tree = read_tree(Path(path))
-    for text in overrides:
-        tree = deep_merge(tree, parse_override(text, Config))
+    tree = _read(Path(path), overrides, {})
+    chosen = {f"{key}.{tree[key]}": False for key in ("parity", "preset") if tree.get(key, "none") != "none"}
+    conform(Config, tree, Config)  # an unknown name is an error of its own, before it is looked for
+    if chosen:
+        tree = _read(Path(path), overrides, chosen)
+    for name, found in chosen.items():
+        if not found:
+            raise ConfigError(f"{path}: neither it nor a file it inherits has variants: {name}; inherit base.yaml")
     config = draccus.decode(Config, conform(Config, tree, Config))
     validate(config)
     return config
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but will hardly do what it says, in one line each."""
+    return likely_mistakes(flatten(to_dict(config)))
+
+
+def _read(path: Path, overrides: Sequence[str], variants: dict[str, bool]) -> dict[str, Any]:
+    tree = read_tree(path, variants)
+    for text in overrides:
+        tree = deep_merge(tree, parse_override(text, Config))
+    return tree
 
 
 def to_dict(config: Config) -> dict[str, Any]:

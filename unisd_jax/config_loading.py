@@ -80,14 +80,16 @@ def parse_yaml(source: str | bytes, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(path: Path, variants: dict[str, bool], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, merged over the files that its `inherit` key names.
 
     `inherit` is one path or a list of paths, relative to the file; later ones win, and the file itself wins
-    over all of them. The key is absent from the result. `chain` holds the files that led here.
+    over all of them. `variants` names those that are chosen and is set to True for each one found: a file's chosen
+    variants are merged over it, before what inherits it. Both keys are absent from the result. `chain` holds the files
+    that led here.
 
     Raises:
-      ConfigError: unreadable file, not a mapping, malformed `inherit`, a cycle (the chain is named).
+      ConfigError: unreadable file, not a mapping, malformed `inherit` or `variants`, a cycle (the chain is named).
     """
     try:
         source = path.read_bytes()
@@ -103,14 +105,21 @@ def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of options, found {show(tree)}")
 
+    own = tree.pop("variants", {})
+    if not isinstance(own, dict) or not all(isinstance(variant, dict) for variant in own.values()):
+        raise ConfigError(f"{path}: variants: expected a mapping from names to options, found {show(own)}")
     parents = tree.pop("inherit", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: inherit: expected a path or a list of paths, found {show(parents)}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = deep_merge(merged, read_tree(path.parent / parent, (*chain, path)))
-    return deep_merge(merged, tree)
+        merged = deep_merge(merged, read_tree(path.parent / parent, variants, (*chain, path)))
+    merged = deep_merge(merged, tree)
+    for name in variants:
+        if name in own:
+            merged, variants[name] = deep_merge(merged, own[name]), True
+    return merged
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

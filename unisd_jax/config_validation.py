@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unisd_jax.config_loading import show, suggestion
+from unisd_jax.config_modes import SWITCHES, check_mode, mechanisms
 from unisd_jax.errors import ConfigError
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -32,12 +33,35 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "evaluation.max_completion_length",
             "checkpoint.every",
             "checkpoint.keep",
+            "logging.inert_after",
+            "objective.agreement.views_per_pass",
+            "teacher.contexts.demonstrations",
+            "teacher.contexts.induction_demonstrations",
+            "teacher.contexts.induction_instructions",
+            "teacher.contexts.induction_max_length",
+            "teacher.negatives.per_item",
+            "teacher.negatives.attempts",
+            "teacher.negatives.max_length",
         ),
     ),
     (
         "0 or more",
         lambda x: x >= 0,
-        ("rollout.top_k", "optimizer.weight_decay", "evaluation.drift_tokens", "logging.samples"),
+        (
+            "rollout.top_k",
+            "rollout.min_completion_length",
+            "optimizer.weight_decay",
+            "evaluation.drift_tokens",
+            "logging.samples",
+            "teacher.contexts.num_auxiliary_contexts",
+            "objective.num_loss_tokens_to_skip",
+            "objective.agreement.gamma_agreement",
+            "objective.agreement.agreement_cap",
+            "objective.agreement.budget.audit_steps",
+            "objective.contrast.contrastive_weight",
+            "objective.contrast.contrastive_margin",
+            "objective.matching.final_layer_distill_weight",
+        ),
     ),
     (
         "greater than 0",
@@ -49,21 +73,48 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "optimizer.learning_rate",
             "optimizer.eps",
             "optimizer.max_grad_norm",
+            "objective.entry_ceiling",
+            "objective.clip.token_clip",
+            "objective.importance.cap",
+            "teacher.contexts.induction_temperature",
+            "teacher.negatives.temperature",
         ),
     ),
     (
         "between 0 and 1",
         lambda x: 0 <= x <= 1,
-        ("teacher.ema_decay", "objective.alpha", "optimizer.warmup_ratio"),
+        (
+            "teacher.ema_decay",
+            "teacher.self_min_agreement",
+            "teacher.negatives.min_coverage",
+            "objective.alpha",
+            "objective.agreement.agreement_quantile",
+            "optimizer.warmup_ratio",
+            "rollout.on_policy_share",
+        ),
     ),
     (
         "at least 0 and below 1",
         lambda x: 0 <= x < 1,
-        ("rollout.min_p", "optimizer.b1", "optimizer.b2"),
+        ("rollout.min_p", "optimizer.b1", "optimizer.b2", "model.lora.dropout"),
     ),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, ("rollout.top_p",)),
+    (
+        "above 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        (
+            "rollout.top_p",
+            "objective.top_entropy_quantile",
+            "objective.clip.token_clip_quantile",
+            "objective.agreement.budget.share",
+        ),
+    ),
+    ("at least 2", lambda x: x >= 2, ("teacher.self_samples",)),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
-    ("a non-empty string", lambda x: x.strip() != "", ("model.path", "output_dir", "logging.wandb_project")),
+    (
+        "a non-empty string",
+        lambda x: x.strip() != "",
+        ("model.path", "output_dir", "teacher.cache_dir", "logging.wandb_project"),
+    ),
     (
         "a plain folder name",
         lambda x: x.strip() != "" and not x.startswith(".") and not set(x) & set("/\\\0"),
@@ -87,10 +138,15 @@ def check_values(values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{name} must be {expected}, found {show(values[name])}")
     _check_lora_targets(values["model.lora.targets"])
     _check_batch(values)
-    _check_mode(values)
+    check_mode(values)
+    _check_clip_and_tokens(values)
+    _check_views(values)
+    _check_losses(values)
     for name in ("data.train_path", "data.test_path"):
-        if values["data.task"] == "jsonl" and not values[name]:
-            raise ConfigError(f'{name} is missing: data.task "jsonl" reads its items from that file')
+        if values["data.task"] != "short_answers" and not values[name]:
+            raise ConfigError(
+                f"{name} is missing: data.task {show(values['data.task'])} reads its items from that file"
+            )
 
 
 def _check_lora_targets(targets: list[str]) -> None:
@@ -116,15 +172,113 @@ def _check_batch(values: Mapping[str, Any]) -> None:
         )
 
 
-def _check_mode(values: Mapping[str, Any]) -> None:
-    """The mode only names the two switches; a run whose name and switches disagree is a mistake."""
-    mode = values["mode"]
-    wanted = {"objective.loss": "nll" if mode == "sft" else "divergence", "teacher.ema": mode == "ema"}
-    for name, value in wanted.items():
-        if values[name] != value:
-            raise ConfigError(f"mode {show(mode)} needs {name}={show(value)}, found {show(values[name])}")
-    if mode == "plain" and values["teacher.condition"] == "none":
+def _check_clip_and_tokens(values: Mapping[str, Any]) -> None:
+    ceiling, quantile = (values[f"objective.clip.{name}"] for name in ("token_clip", "token_clip_quantile"))
+    if ceiling is not None and quantile is not None:
         raise ConfigError(
-            'teacher.condition must be "gold" when teacher.ema is false, found "none": '
+            f"objective.clip.token_clip ({ceiling}) and objective.clip.token_clip_quantile ({quantile}) are both set; "
+            "set one of them to null"
+        )
+    skip, length = values["objective.num_loss_tokens_to_skip"], values["rollout.max_completion_length"]
+    if skip >= length:
+        raise ConfigError(
+            f"objective.num_loss_tokens_to_skip ({skip}) must be below rollout.max_completion_length ({length}), "
+            "or no token is left for the loss"
+        )
+
+
+def _check_views(values: Mapping[str, Any]) -> None:
+    """Auxiliary views are there exactly when the agreement needs them."""
+    views, per_pass = values["teacher.contexts.num_auxiliary_contexts"], values["objective.agreement.views_per_pass"]
+    if not mechanisms(values)["agreement"]:
+        if views:
+            raise ConfigError(
+                f"teacher.contexts.num_auxiliary_contexts is {views}, but objective.agreement.level is none: "
+                "nothing would read these views; set it to 0"
+            )
+        if values["objective.agreement.budget.share"] < 1:
+            raise ConfigError("objective.agreement.budget.share is below 1, but objective.agreement.level is none")
+        return
+    if views == 0:
+        raise ConfigError(
+            "teacher.contexts.num_auxiliary_contexts is 0: agreement needs at least 2 auxiliary views; "
+            "set it, or objective.agreement.level=none"
+        )
+    if views % per_pass:
+        raise ConfigError(
+            f"objective.agreement.views_per_pass ({per_pass}) must divide "
+            f"teacher.contexts.num_auxiliary_contexts ({views})"
+        )
+    _check_budget(values, views)
+
+
+def _check_budget(values: Mapping[str, Any], views: int) -> None:
+    budget = {name: values[f"objective.agreement.budget.{name}"] for name in ("share", "unit", "signal")}
+    if budget["share"] == 1:
+        return
+    if budget["unit"] == "token" and values["objective.agreement.level"] == "sequence":
+        raise ConfigError(
+            'objective.agreement.budget.unit "token" needs objective.agreement.level=token, found "sequence": '
+            "a completion's mean needs all of its tokens"
+        )
+    if budget["signal"] == "spread" and views < 3:
+        raise ConfigError(
+            f'objective.agreement.budget.signal "spread" scores two views everywhere and saves the others: it needs '
+            f"teacher.contexts.num_auxiliary_contexts of at least 3, found {views}"
+        )
+
+
+def _check_losses(values: Mapping[str, Any]) -> None:
+    """Every switch has something to act on."""
+    on, loss, source = mechanisms(values), values["objective.loss"], values["rollout.source"]
+    for mechanism, needs in (
+        ("agreement", ("divergence",)),
+        ("clip", ("divergence",)),
+        ("ema", ("divergence", "none")),
+    ):
+        if on[mechanism] and loss not in needs:
+            raise ConfigError(
+                f"objective.loss is {show(loss)}, which has no use for {mechanism} ({SWITCHES[mechanism]})"
+            )
+    if loss == "nll" and (on["contrast"] or on["matching"]):
+        raise ConfigError("objective.loss=nll has no teacher: switch contrast and matching off")
+    if loss == "none" and not (on["contrast"] or on["matching"]):
+        raise ConfigError("objective.loss=none leaves nothing to train on: switch contrast or matching on")
+    if values["objective.entry_ceiling"] is not None and loss != "divergence":
+        raise ConfigError(f"objective.entry_ceiling caps the divergence, but objective.loss is {show(loss)}")
+    share = values["rollout.on_policy_share"]
+    if share < 1 and source != "student":
+        raise ConfigError(f"rollout.on_policy_share is {share}, but rollout.source is {show(source)}; expected student")
+    if values["objective.importance.level"] != "none" and (source != "student" or share < 1):
+        raise ConfigError("objective.importance compares student and sampler: it needs rollout.source=student always")
+    if loss != "nll" and values["teacher.condition"] == "none" and not on["ema"]:
+        raise ConfigError(
+            'teacher.condition is "none" and teacher.ema is false: '
             "the teacher would equal the student at the start, and nothing would be learned"
         )
+
+
+def likely_mistakes(values: Mapping[str, Any]) -> list[str]:
+    """Settings that are allowed but will hardly do what they say, one line each."""
+    on, found, alpha = mechanisms(values), [], values["objective.alpha"]
+    ceiling = values["objective.clip.token_clip"]
+    if ceiling is not None and 0 < alpha < 1:
+        bound = -alpha * math.log(alpha) - (1 - alpha) * math.log1p(-alpha)
+        if ceiling >= bound:
+            found.append(
+                f"objective.clip.token_clip is {ceiling}, and the JSD at objective.alpha={alpha} is at most "
+                f"{bound:.3f} nats: it will never clip; lower it, or use a KL (alpha 0 or 1)"
+            )
+    if on["agreement"] and values["objective.agreement.gamma_agreement"] == 0:
+        found.append("objective.agreement.gamma_agreement is 0: all agreement weights will be 1")
+    if on["agreement"] and values["teacher.contexts.num_auxiliary_contexts"] == 1:
+        found.append("teacher.contexts.num_auxiliary_contexts is 1: one view agrees with itself, all weights will be 1")
+    if values["objective.agreement.level"] == "sequence" and values["objective.normalize"] == "upstream":
+        found.append(
+            "objective.normalize=upstream divides each completion by its own weights: sequence-level agreement cancels"
+        )
+    if on["ema"] and values["teacher.ema_decay"] == 1:
+        found.append("teacher.ema_decay is 1: the teacher never moves")
+    if on["ema"] and not values["teacher.ema_adapters"] and values["model.trainable"] == "lora":
+        found.append("teacher.ema_adapters is false: under LoRA the EMA teacher never moves, as in the release")
+    return found

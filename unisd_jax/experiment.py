@@ -16,26 +16,31 @@ import optax
 
 from unisd_jax.config import Config
 from unisd_jax.data.chat import Chat, load_chat
-from unisd_jax.data.pipeline import Example, tokenize
+from unisd_jax.data.pipeline import Example, ViewMessages, tokenize
 from unisd_jax.data.tasks import get_task
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import UserError
 from unisd_jax.eval.runner import Evaluation, evaluate_examples
-from unisd_jax.losses import Objective
+from unisd_jax.losses import Agreement, Objective
 from unisd_jax.models import Model, ModelConfig, init_lora, load_hf, merge, read_config
 from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.parallel.mesh import build_mesh
+from unisd_jax.preparation import require_negatives_in_data, training_views
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state, weights
-from unisd_jax.teacher import student_messages, teacher_messages
+from unisd_jax.teacher import student_messages
+from unisd_jax.teacher.scoring import Budget
 from unisd_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run. `base` are the weights it starts from; `dropped` counts training items that were too long."""
+    """The parts of a run. `base` are the weights it starts from.
+
+    `dropped` counts training items that were too long, `without_negative` those for which no wrong reply could be made.
+    """
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -46,6 +51,7 @@ class Experiment:
     train: list[Example]
     test: list[Example]
     dropped: int
+    without_negative: int
     sampler: JaxSampler
     sampling: Sampling
     schedule: optax.Schedule
@@ -61,16 +67,20 @@ def build(config: Config) -> Experiment:
     """
     task = get_task(config.data.task)
     items = {split: _load_items(config, task, split) for split in ("train", "test")}
+    require_negatives_in_data(config, items["train"])
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_lengths(config, read_config(config.model.path))
-    chat = load_chat(config.model.path)
-    train, dropped = _tokenize(config, chat, items["train"])
+    chat = load_chat(config.model.path, stop=config.rollout.stop)
+    load = functools.cache(lambda: load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh))
+    train_items, views = training_views(config, task, items["train"], chat, lambda: _base_sampler(*load()))
+    train, dropped = _tokenize(config, chat, train_items, views)
     # A test item that does not fit would change what is measured: never dropped.
-    test, _ = _tokenize(config, chat, items["test"], overlong="error")
-    model, base = load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
+    questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]
+    test, _ = _tokenize(config, chat, items["test"], questions, overlong="error")
+    model, base = load()
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
-        schedule=config.optimizer.schedule,
+        schedule=config.optimizer.schedule, zero_first_rate=config.optimizer.zero_first_rate,
     )  # fmt: skip
     rollout = config.rollout
     return Experiment(
@@ -83,6 +93,7 @@ def build(config: Config) -> Experiment:
         train=train,
         test=test,
         dropped=dropped,
+        without_negative=len(items["train"]) - len(train_items),
         sampler=JaxSampler(model),
         sampling=Sampling(
             rollout.max_completion_length,
@@ -108,10 +119,49 @@ def build(config: Config) -> Experiment:
 
 def step_settings(config: Config) -> StepSettings:
     """The static settings of the train step that a configuration asks for."""
-    options = config.objective
-    objective = Objective(options.loss, options.alpha, options.normalize, config.rollout.temperature)
-    decay = config.teacher.ema_decay if config.teacher.ema else None
-    return StepSettings(objective, config.train.micro_batches, decay, config.teacher.ema_sync_steps)
+    budget = config.objective.agreement.budget
+    return StepSettings(
+        objective_settings(config),
+        config.train.micro_batches,
+        ema_decay=config.teacher.ema_decay if config.teacher.ema else None,
+        ema_sync_steps=config.teacher.ema_sync_steps,
+        ema_adapters=config.teacher.ema_adapters,
+        ema_dtype=config.teacher.ema_dtype,
+        dropout=config.model.lora.dropout if config.model.trainable == "lora" else 0.0,
+        seed=config.seed,
+        views_per_pass=config.objective.agreement.views_per_pass,
+        budget=Budget(budget.share, budget.unit, budget.signal) if budget.share < 1 else None,
+    )
+
+
+def objective_settings(config: Config) -> Objective:
+    """The objective that a configuration asks for."""
+    options, agreement = config.objective, None
+    if options.agreement.level != "none":
+        agreement = Agreement(
+            options.agreement.level,
+            options.agreement.gamma_agreement,
+            options.agreement.agreement_stat,
+            options.agreement.agreement_quantile,
+            options.agreement.agreement_cap,
+        )
+    return Objective(
+        loss=options.loss,
+        alpha=options.alpha,
+        normalize=options.normalize,
+        temperature=config.rollout.temperature,
+        entry_ceiling=options.entry_ceiling,
+        skip_tokens=options.num_loss_tokens_to_skip,
+        top_entropy=options.top_entropy_quantile,
+        clip_ceiling=options.clip.token_clip,
+        clip_quantile=options.clip.token_clip_quantile,
+        agreement=agreement,
+        contrast_weight=options.contrast.contrastive_weight,
+        contrast_margin=options.contrast.contrastive_margin,
+        matching_weight=options.matching.final_layer_distill_weight,
+        importance=None if options.importance.level == "none" else options.importance.level,
+        importance_cap=options.importance.cap,
+    )
 
 
 def new_state(experiment: Experiment) -> TrainState:
@@ -189,17 +239,22 @@ def _load_items(config: Config, task: Task, split: str) -> list[Item]:
     return task.load(split, None if path is None else Path(path))[:limit]
 
 
-def _tokenize(config: Config, chat: Chat, items: list[Item], overlong: str | None = None):
-    teacher = functools.partial(
-        teacher_messages, condition=config.teacher.condition, placement=config.teacher.placement
-    )
+def _base_sampler(model: Model, base: dict[str, Any]) -> JaxSampler:
+    sampler = JaxSampler(model)
+    sampler.publish(base, 0)
+    return sampler
+
+
+def _tokenize(
+    config: Config, chat: Chat, items: list[Item], views: list[ViewMessages], overlong: str | None = None
+) -> tuple[list[Example], int]:
+    reads_gold = config.rollout.source == "gold" or config.rollout.on_policy_share < 1
     return tokenize(
         items,
+        views,
         chat,
-        student_messages=lambda item: student_messages(item.prompt),
-        teacher_messages=lambda item: teacher(item.prompt, item.completion),
         max_prompt_length=config.data.max_prompt_length,
-        max_gold_length=config.rollout.max_completion_length if config.objective.loss == "nll" else None,
+        max_gold_length=config.rollout.max_completion_length if reads_gold else None,
         overlong=overlong or config.data.overlong,
     )
 

@@ -3,7 +3,8 @@
 import jax
 from jaxtyping import PRNGKeyArray
 
-PURPOSES = ("adapter_init", "rollout", "evaluation")
+# The order is part of every run's numbers: new purposes go to the end.
+PURPOSES = ("adapter_init", "rollout", "evaluation", "dropout", "own_answers", "mixture", "induction", "negatives")
 
 
 def purpose_key(seed: int, step: int, purpose: str) -> PRNGKeyArray:

@@ -1,32 +1,77 @@
 """The train step, pure: score the views, form the objective, update student and teacher."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from unisd_jax.losses import Objective, TokenScores, objective, reduction_weights
-from unisd_jax.models import Lora, Model, completion_hidden
+from unisd_jax.losses import (
+    Objective,
+    TeacherScores,
+    TokenPlan,
+    TokenScores,
+    agreement_weights,
+    loss_mask,
+    masked_mean,
+    mechanism_metrics,
+    needs_scores_first,
+    objective,
+    score_tokens,
+    token_plan,
+)
+from unisd_jax.models import (
+    Dropout,
+    Lora,
+    Model,
+    completion_hidden,
+    head_logits,
+    join_rows,
+    map_rows,
+    sampled_token_scores,
+    split_rows,
+)
+from unisd_jax.random import purpose_key
 from unisd_jax.teacher import ema_update_measured, start_ema, weight_distance
+from unisd_jax.teacher.scoring import (
+    Budget,
+    ContextScoring,
+    Network,
+    context_disagreement,
+    passes_saved,
+    score_primary_and_negative,
+)
 from unisd_jax.types import TrainState, Views
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The static settings of a step. `ema_decay` None: no EMA, the teacher is the frozen base."""
+    """The static settings of a step.
+
+    `ema_decay` None: no EMA, the teacher is the frozen base. `ema_adapters` False leaves adapters out of the average,
+    as the release does. `dropout` acts on the adapters in the pass that has the gradient, and nowhere else. `audit`
+    also scores what a budget leaves out, to measure the error.
+    """
 
     objective: Objective = Objective()
     micro_batches: int = 1
     ema_decay: float | None = None
     ema_sync_steps: int = 1
+    ema_adapters: bool = True
+    ema_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
+    seed: int = 0
+    views_per_pass: int = 1
+    budget: Budget | None = None
+    audit: bool = False
 
 
 def init_state(student: Any, optimizer: optax.GradientTransformation, settings: StepSettings) -> TrainState:
     """Step 0: a fresh optimizer and, with EMA, a teacher equal to the student."""
-    teacher = None if settings.ema_decay is None else start_ema(student)
+    dtype = jnp.dtype(settings.ema_dtype)
+    teacher = None if settings.ema_decay is None else start_ema(student, dtype=dtype)
     return TrainState(jnp.int32(0), student, teacher, optimizer.init(student))
 
 
@@ -45,47 +90,82 @@ def train_step(
     Splitting the batch (`micro_batches`, devices) changes nothing but rounding: every token's weight in the loss is
     computed from the whole batch first.
     """
-    coefficients = reduction_weights(views.completions.mask, normalize=settings.objective.normalize)
-    teacher_params, teacher_lora = weights(base if state.teacher is None else state.teacher, base)
-
-    def split(tree):
-        return jax.tree.map(lambda x: _split_rows(x, settings.micro_batches), tree)
-
-    def teach(prompts_and_completions):
-        prompts, completions = prompts_and_completions
-        return completion_hidden(model, teacher_params, teacher_lora, prompts, completions)
-
-    teacher_hidden = None
-    if views.teacher is not None:
-        teacher_hidden = jax.lax.map(teach, (split(views.teacher), split(views.completions)))
-
-    def loss(student, prompts, completions, teacher_hidden, coefficients):
-        params, lora = weights(student, base)
-        hidden = completion_hidden(model, params, lora, prompts, completions)
-        teacher_logits = None if teacher_hidden is None else model.logits(teacher_params, teacher_hidden)
-        return objective(
-            model.logits(params, hidden), teacher_logits, completions.ids, completions.mask, coefficients,
-            settings=settings.objective,
-        )  # fmt: skip
-
-    def accumulate(totals, micro):
-        (value, scores), gradients = jax.value_and_grad(loss, has_aux=True)(state.student, *micro)
-        return jax.tree.map(jnp.add, totals, (value, gradients)), scores
-
-    zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.student))
-    micro_batches = (split(views.student), split(views.completions), teacher_hidden, split(coefficients))
-    (value, gradients), scores = jax.lax.scan(accumulate, zero, micro_batches)
-    scores = jax.tree.map(_join_rows, scores)
-
+    teacher = Network(model, *weights(base if state.teacher is None else state.teacher, base))
+    gradients, metrics = loss_and_gradients(state.student, teacher, base, views, settings=settings, step=state.step)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
     student = optax.apply_updates(state.student, updates)
     step = state.step + 1
-    teacher, truncation = _move_teacher(state.teacher, student, step, settings)
-    metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-    metrics |= token_metrics(scores, views, settings.objective)
-    if teacher is not None:
-        metrics |= {"teacher_distance": weight_distance(teacher, student), "ema_truncation": truncation}
-    return TrainState(step, student, teacher, optimizer_state), metrics
+    moved, truncation = _move_teacher(state.teacher, student, step, settings)
+    if moved is not None:
+        metrics |= {
+            "teacher_distance": weight_distance(moved, student),
+            "teacher_motion": weight_distance(state.teacher, moved),
+            "ema_truncation": truncation,
+        }
+    return TrainState(step, student, moved, optimizer_state), metrics
+
+
+def loss_and_gradients(
+    student: Any, teacher: Network, base: dict[str, Any], views: Views, *, settings: StepSettings, step: Any = 0
+) -> tuple[Any, dict[str, Float[Array, ""]]]:
+    """Gradient of the objective with respect to `student` (an adapter or full weights), and the metrics of the step."""
+    options, parts = settings.objective, settings.micro_batches
+    mask = loss_mask(views.completions.mask, options.skip_tokens)
+    taught = score_primary_and_negative(teacher, views, settings=options, micro_batches=parts)
+    first = None
+    if _scores_student_first(settings, views):
+        first = student_scores(student, teacher, base, views, taught, settings)
+    taught, metrics = _with_disagreement(taught, teacher, views, mask, first, settings)
+    plan = None
+    if first is not None or not needs_scores_first(options):
+        plan = _plan(mask, taught, first, views, options)
+        if options.clip_quantile is not None and first is not None:
+            # The token that is the quantile must keep its gradient when its divergence is rounded differently below.
+            plan = plan._replace(ceiling=plan.ceiling * (1 + 1e-6))
+
+    total, scores, used = _accumulate(student, teacher, base, views, mask, taught, plan, settings, step)
+    loss = sum(total.terms.values())
+    metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(total.gradients)}
+    metrics |= term_metrics(total.terms, total.squares, loss)
+    metrics |= token_metrics(scores, first, views, mask, options)
+    metrics |= mechanism_metrics(scores, taught, mask, used, options)
+    return total.gradients, metrics
+
+
+class Totals(NamedTuple):
+    """Sums over the parts of a batch; `squares` are squared norms of each term's gradient at the hidden states."""
+
+    gradients: Any
+    terms: dict[str, Float[Array, ""]]
+    squares: dict[str, Float[Array, ""]]
+
+
+class _Part(NamedTuple):
+    views: Views
+    mask: Bool[Array, "B T"]
+    taught: TeacherScores
+    plan: TokenPlan | None
+    dropout_keys: Any
+
+
+def student_scores(
+    student: Any, teacher: Network, base: dict[str, Any], views: Views, taught: TeacherScores, settings: StepSettings
+) -> TokenScores:
+    """The student's scores before the pass that has the gradient: without gradient and without dropout."""
+    options, network = settings.objective, Network(teacher.model, *weights(student, base))
+    temperature = 1.0 if options.loss == "nll" else options.temperature
+
+    def score(rows):
+        prompts, completions, teacher_hidden = rows
+        hidden = network.hidden(prompts, completions)
+        if teacher_hidden is None:
+            logp, entropy = sampled_token_scores(hidden, network.head, completions.ids, temperature=temperature)
+            return TokenScores(None, logp, entropy)
+        logits = head_logits(hidden, network.head), head_logits(teacher_hidden, teacher.head)
+        return score_tokens(*logits, completions.ids, settings=options)
+
+    teacher_hidden = None if options.clip_quantile is None else taught.hidden
+    return map_rows(score, (views.student, views.completions, teacher_hidden), settings.micro_batches)
 
 
 def weights(trainable: Any, base: dict[str, Any]) -> tuple[dict[str, Any], Lora | None]:
@@ -95,41 +175,146 @@ def weights(trainable: Any, base: dict[str, Any]) -> tuple[dict[str, Any], Lora 
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), trainable, base), None
 
 
-def token_metrics(scores: TokenScores, views: Views, settings: Objective) -> dict[str, Float[Array, ""]]:
-    """Means over the completion tokens of the global batch; names and units in docs/metrics.md."""
-    mask = views.completions.mask
+def term_metrics(
+    terms: dict[str, Float[Array, ""]], squares: dict[str, Float[Array, ""]], loss: Float[Array, ""]
+) -> dict[str, Float[Array, ""]]:
+    """Each term's value, its share of the loss, and of the sum of the terms' gradient norms at the hidden states."""
+    norms = {name: jnp.sqrt(square) for name, square in squares.items()}
+    metrics = {}
+    for name, value in terms.items():
+        metrics |= {
+            f"loss_{name}": value,
+            f"loss_share_{name}": value / jnp.where(loss == 0, 1.0, loss),
+            f"gradient_share_{name}": norms[name] / jnp.maximum(sum(norms.values()), 1e-30),
+        }
+    return metrics
+
+
+def token_metrics(
+    scores: TokenScores, first: TokenScores | None, views: Views, mask: Bool[Array, "B T"], settings: Objective
+) -> dict[str, Float[Array, ""]]:
+    """Means over the tokens of the loss; names and units in docs/metrics.md."""
     metrics = {
         "entropy": masked_mean(scores.entropy, mask),
-        "completion_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
+        "completion_length": jnp.mean(jnp.sum(views.completions.mask, axis=1).astype(jnp.float32)),
     }
     if settings.loss == "divergence":
         metrics["divergence"] = masked_mean(scores.divergence, mask)
     if views.sampler_logps is not None:
-        gap = jnp.where(mask, jnp.abs(scores.student_logp - views.sampler_logps), 0.0)
-        metrics |= {"sampler_gap": masked_mean(gap, mask), "sampler_gap_max": jnp.max(gap)}
+        # The sampler has no dropout: compare it with the scores that have none.
+        logp = (scores if first is None else first).student_logp
+        gap = jnp.where(views.completions.mask, jnp.abs(logp - views.sampler_logps), 0.0)
+        metrics |= {"sampler_gap": masked_mean(gap, views.completions.mask), "sampler_gap_max": jnp.max(gap)}
     return metrics
 
 
-def masked_mean(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over the tokens where `mask` holds; 0 if there are none."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+def _scores_student_first(settings: StepSettings, views: Views) -> bool:
+    """Whether the whole batch must be scored before the pass that has the gradient."""
+    separate = settings.micro_batches > 1 or settings.dropout > 0
+    budget = settings.budget is not None and settings.budget.signal == "entropy"
+    gap = settings.dropout > 0 and views.sampler_logps is not None
+    return (needs_scores_first(settings.objective) and separate) or budget or gap
+
+
+def _with_disagreement(taught: TeacherScores, teacher: Network, views: Views, mask, first, settings: StepSettings):
+    """`taught` with the disagreement of the auxiliary views, and the metrics of what a budget saved."""
+    options = settings.objective
+    if options.agreement is None:
+        return taught, {}
+    scoring = ContextScoring(settings.views_per_pass, settings.micro_batches, settings.budget)
+    entropy = None if first is None else first.entropy
+    found = context_disagreement(teacher, views, mask, settings=options, scoring=scoring, student_entropy=entropy)
+    batch, number, _ = views.contexts.ids.shape
+    saved = passes_saved(scoring, batch=batch, tokens=mask.shape[1], views=number)
+    metrics = {name: jnp.float32(value) for name, value in saved.items()}
+    if settings.audit:
+        scoring = dataclasses.replace(scoring, budget=None)
+        full = context_disagreement(teacher, views, mask, settings=options, scoring=scoring)
+        error = [agreement_weights(values, mask, settings=options.agreement) for values in (found, full)]
+        metrics["agreement_weight_error"] = masked_mean(jnp.abs(error[0] - error[1]), mask)
+    return taught._replace(disagreement=found), metrics
+
+
+def _plan(mask, taught: TeacherScores, scores: TokenScores | None, views: Views, options: Objective) -> TokenPlan:
+    return token_plan(
+        mask, settings=options, disagreement=taught.disagreement, scores=scores, sampler_logps=views.sampler_logps
+    )
+
+
+def _accumulate(student, teacher: Network, base, views: Views, mask, taught, plan, settings: StepSettings, step):
+    """(Totals, token scores, token plan) of the batch, part by part."""
+    keys = None
+    if settings.dropout > 0 and isinstance(student, Lora):
+        key = purpose_key(settings.seed, step, "dropout")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(mask.shape[0]))
+    # Already turned into a disagreement: not to be split with the rest.
+    rows = views._replace(contexts=None, negative=None, teacher=None)
+    ceiling = None if plan is None else plan.ceiling
+    whole = _Part(rows, mask, taught, None if plan is None else plan._replace(ceiling=None), keys)
+
+    def add(totals, part):
+        if part.plan is not None:
+            part = part._replace(plan=part.plan._replace(ceiling=ceiling))
+        found, scores, used = _part_gradients(student, teacher, base, part, settings)
+        return jax.tree.map(jnp.add, totals, found), (scores, used)
+
+    names = settings.objective.terms
+    zeros = {name: jnp.float32(0.0) for name in names}
+    start = Totals(jax.tree.map(jnp.zeros_like, student), zeros, zeros)
+    if settings.micro_batches == 1:
+        total, (scores, used) = add(start, whole)
+        return total, scores, used
+    parts = jax.tree.map(lambda x: split_rows(x, settings.micro_batches), whole)
+    total, (scores, _) = jax.lax.scan(lambda totals, part: _without_plan(add(totals, part)), start, parts)
+    return total, jax.tree.map(join_rows, scores), plan
+
+
+def _without_plan(result):
+    totals, (scores, _) = result
+    return totals, (scores, None)
+
+
+def _part_gradients(student, teacher: Network, base, part: _Part, settings: StepSettings):
+    """(Totals, token scores, token plan) of some rows; without a plan, that of the rows themselves is used."""
+    options, views = settings.objective, part.views
+    dropout = None if part.dropout_keys is None else Dropout(settings.dropout, part.dropout_keys)
+
+    def outputs(student):
+        params, lora = weights(student, base)
+        hidden = completion_hidden(teacher.model, params, lora, views.student, views.completions, dropout)
+        return hidden, teacher.model.head(params)
+
+    def terms_of(hidden, head):
+        scores = _token_scores(hidden, head, teacher, part.taught, views.completions.ids, options)
+        plan = part.plan
+        if plan is None:
+            plan = _plan(part.mask, part.taught, jax.lax.stop_gradient(scores), views, options)
+        terms = objective(scores, hidden, part.taught, part.mask, plan, settings=options)
+        return terms, (jax.lax.stop_gradient(scores), plan)
+
+    (hidden, head), pull_outputs = jax.vjp(outputs, student)
+    terms, pull_terms, (scores, plan) = jax.vjp(terms_of, hidden, head, has_aux=True)
+    # One gradient per term at the hidden states: cheap beside the body's backward pass, and it shows each term's share.
+    separate = {name: pull_terms({other: jnp.float32(other == name) for other in terms}) for name in terms}
+    squares = {name: jnp.sum(jnp.square(found[0].astype(jnp.float32))) for name, found in separate.items()}
+    (gradients,) = pull_outputs(jax.tree.map(lambda *found: sum(found), *separate.values()))
+    return Totals(gradients, terms, squares), scores, plan
+
+
+def _token_scores(hidden, head, teacher: Network, taught: TeacherScores, ids, options: Objective) -> TokenScores:
+    """The student's scores with their gradient; no logits where no term has a gradient through them."""
+    if options.terms == ("matching",):
+        logp, entropy = sampled_token_scores(hidden, head, ids, temperature=options.temperature)
+        return TokenScores(None, logp, entropy)
+    teacher_logits = head_logits(taught.hidden, teacher.head) if options.loss == "divergence" else None
+    return score_tokens(head_logits(hidden, head), teacher_logits, ids, settings=options)
 
 
 def _move_teacher(teacher: Any, student: Any, step, settings: StepSettings) -> tuple[Any, Float[Array, ""]]:
-    if teacher is None:
-        return None, jnp.float32(0.0)
+    if teacher is None or (isinstance(teacher, Lora) and not settings.ema_adapters):
+        return teacher, jnp.float32(0.0)
     return jax.lax.cond(
         step % settings.ema_sync_steps == 0,
         lambda: ema_update_measured(teacher, student, decay=settings.ema_decay),
         lambda: (teacher, jnp.float32(0.0)),
     )
-
-
-def _split_rows(x: Array, parts: int) -> Array:
-    """[B, …] → [parts, B/parts, …], row i to part i mod parts, so that a batch sharded over rows stays where it is."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-
-
-def _join_rows(x: Array) -> Array:
-    """Undoes `_split_rows`."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

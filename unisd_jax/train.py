@@ -4,13 +4,14 @@ The whole method in three jumps: `run` below → `step.train_step` → `losses.o
 that is known about a run; the same command continues it after any interruption, to the same numbers.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,23 @@ from jaxtyping import Array, Bool
 
 from unisd_jax import config as configuration
 from unisd_jax.checkpoint import Checkpoints
+from unisd_jax.collection import collect_views
 from unisd_jax.config import Config
-from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.retention import drift_from_base
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, require_finite, student_params
+from unisd_jax.inert import InertMechanisms
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
 from unisd_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from unisd_jax.models import save_hf
 from unisd_jax.parallel.sharding import batch_sharding, jit_step
-from unisd_jax.random import purpose_key
 from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.step import train_step
-from unisd_jax.types import Completions, Prompts, TrainState, Views
+from unisd_jax.types import TrainState, Views
 
 
 def run(config: Config) -> RunResult:
@@ -49,6 +50,8 @@ def run(config: Config) -> RunResult:
       Interrupted: stopped by SIGINT or SIGTERM after saving.
     """
     run_dir = open_run_dir(config)
+    for warning in configuration.warnings(config):
+        print(f"warning: {warning}", flush=True)
     if (run_dir / "result.json").exists():
         if not (run_dir / "report.md").exists():
             write_report(run_dir)
@@ -91,10 +94,8 @@ def train(
 ) -> TrainState:
     """Steps from `state.step` to `train.steps`, saving every `checkpoint.every` steps, on a signal, and at the end."""
     config = experiment.config
-    step_fn = functools.partial(
-        train_step, model=experiment.model, optimizer=experiment.optimizer, settings=experiment.settings
-    )
-    step_fn = jit_step(step_fn, state, experiment.mesh)
+    step_for = compiled_steps(experiment, state)
+    inert = InertMechanisms(config.logging.inert_after)
     options = {"project": config.logging.wandb_project, "config": configuration.to_dict(config)}
     record = {"config_hash": configuration.config_hash(config), "policy_version": 0}
     writer = MetricsWriter(
@@ -114,13 +115,16 @@ def train(
         while int(state.step) < config.train.steps:
             started, step = time.monotonic(), int(state.step)
             examples = next(data)
-            views = collect_views(experiment, state, examples)
+            views, collection = collect_views(experiment, state, examples)
             collected = time.monotonic()
-            state, metrics = step_fn(state, experiment.base, jax.device_put(views, batch_sharding(experiment.mesh)))
+            placed = jax.device_put(views, batch_sharding(experiment.mesh))
+            state, metrics = step_for(step)(state, experiment.base, placed)
             metrics = {name: float(value) for name, value in metrics.items()}
             check_metrics(metrics, config, step + 1, examples, checkpoints)
-            metrics |= host_metrics(experiment, views, step, started, collected)
+            metrics |= collection | host_metrics(experiment, views, step, started, collected)
             writer.log(step + 1, metrics)
+            for warning in inert.see(metrics):
+                writer.message(f"warning: {warning}")
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 check_weights(state, step + 1, examples, checkpoints)
                 save()
@@ -133,31 +137,23 @@ def train(
     return state
 
 
+def compiled_steps(experiment: Experiment, state: TrainState) -> Callable[[int], Callable]:
+    """The train step for a step number: the same one always, but for those that audit the budget."""
+
+    @functools.cache
+    def compiled(audit: bool):
+        settings = dataclasses.replace(experiment.settings, audit=audit)
+        step = functools.partial(train_step, model=experiment.model, optimizer=experiment.optimizer, settings=settings)
+        return jit_step(step, state, experiment.mesh)
+
+    every = experiment.config.objective.agreement.budget.audit_steps
+    return lambda step: compiled(experiment.settings.budget is not None and every > 0 and step % every == 0)
+
+
 def training_batches(experiment: Experiment) -> Iterator[list[Example]]:
     """The batches of training examples, in an order fixed by the seed."""
     config = experiment.config
     return batches(experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-
-
-def collect_views(experiment: Experiment, state: TrainState, examples: Sequence[Example]) -> Views:
-    """The views of one batch: the student's own samples under the current policy, or the gold completions (nll)."""
-    config, chat = experiment.config, experiment.chat
-    pad = functools.partial(pad_prompts, pad_id=chat.pad_id, multiple=config.data.length_multiple)
-    student = Prompts(*pad([example.student for example in examples]))
-    if config.objective.loss == "nll":
-        gold = [example.gold for example in examples]
-        length = config.rollout.max_completion_length
-        completions = Completions(*pad_completions(gold, pad_id=chat.pad_id, length=length))
-        return Views(student, None, completions, None)
-    step = int(state.step)
-    experiment.sampler.publish(student_params(experiment, state), step)
-    key = purpose_key(config.seed, step, "rollout")
-    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
-    mask = np.asarray(rollout.mask)
-    if config.rollout.mask_truncated_completions:
-        mask = mask & np.asarray(rollout.stopped)[:, None]
-    teacher = Prompts(*pad([example.teacher for example in examples]))
-    return Views(student, teacher, Completions(np.asarray(rollout.ids), mask), np.asarray(rollout.logps))
 
 
 def check_metrics(
@@ -226,6 +222,7 @@ def host_metrics(experiment: Experiment, views: Views, step: int, started: float
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "policy_version": step,
         "prompts_dropped": experiment.dropped,
+        "items_without_negative": experiment.without_negative,
     }
 
 
@@ -286,12 +283,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dry_run(config: Config) -> None:
     """Builds everything and says what would be run; writes nothing."""
     open_run_dir(config)
+    for warning in configuration.warnings(config):
+        print(f"warning: {warning}")
     experiment = build(config)
     training_batches(experiment)
     state = new_state(experiment)
     trainable, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base))
     print(f"{config.mode} on {config.model.path}: {trainable:,} trainable of {total:,} parameters")
-    print(f"{len(experiment.train)} training items ({experiment.dropped} dropped as too long)")
+    without = f", {experiment.without_negative} without a negative" if experiment.without_negative else ""
+    print(f"{len(experiment.train)} training items ({experiment.dropped} dropped as too long{without})")
     print(f"{len(experiment.test)} test items")
     print(f"{config.train.steps} steps of {config.train.batch_size} completions; nothing was run")
 

@@ -14,6 +14,13 @@ class Prompts(NamedTuple):
     mask: Bool[Array, "B P"]
 
 
+class Contexts(NamedTuple):
+    """Left-padded prompts of the K auxiliary views."""
+
+    ids: Int[Array, "B K P"]
+    mask: Bool[Array, "B K P"]
+
+
 class Completions(NamedTuple):
     """Right-padded completions, shared by all views of an example."""
 
@@ -24,13 +31,16 @@ class Completions(NamedTuple):
 class Views(NamedTuple):
     """Who scores what: every view is (prompts, the same completions).
 
-    `teacher` is None where no teacher is asked (sft); `sampler_logps` is None where nothing was sampled.
+    `teacher` is None where no teacher is asked (sft); `sampler_logps` is None where nothing was sampled by the student;
+    `contexts` and `negative` are None where no mechanism asks for them.
     """
 
     student: Prompts
     teacher: Prompts | None
     completions: Completions
     sampler_logps: Float[Array, "B T"] | None
+    contexts: Contexts | None = None
+    negative: Prompts | None = None
 
 
 class TrainState(NamedTuple):

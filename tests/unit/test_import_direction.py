@@ -13,7 +13,7 @@ BASE = {"errors", "io"}
 DATA_TYPES = BASE | {"types", "config"}
 MACHINERY = DATA_TYPES | {"kernels", "losses", "models", "random"}
 SIDES = {"teacher", "data", "rollout", "parallel", "optim", "checkpoint", "metrics", "report"}
-PARTS = MACHINERY | SIDES | {"step", "eval"}
+PARTS = MACHINERY | SIDES | {"step", "eval", "sandbox"}
 
 ALLOWED = {
     "kernels": set(),
@@ -25,7 +25,8 @@ ALLOWED = {
     "losses": {"types", "kernels"},
     "models": BASE | {"types", "kernels"},
     "teacher": MACHINERY,
-    "data": MACHINERY,
+    "sandbox": set(),
+    "data": MACHINERY | {"sandbox"},
     "rollout": MACHINERY,
     "parallel": MACHINERY,
     "optim": MACHINERY,
@@ -33,18 +34,21 @@ ALLOWED = {
     "metrics": MACHINERY,
     "report": MACHINERY | {"metrics"},
     "step": MACHINERY | {"teacher", "parallel"},
-    "eval": MACHINERY | {"data", "rollout"},
-    "experiment": PARTS,
+    "eval": MACHINERY | {"data", "rollout", "sandbox"},
+    "preparation": PARTS,
+    "experiment": PARTS | {"preparation"},
+    "collection": PARTS | {"experiment"},
+    "inert": set(),
     "testing": PARTS,
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
-    "train": PARTS | {"experiment", "interrupt", "results"},
+    "train": PARTS | {"collection", "experiment", "inert", "interrupt", "results"},
     "evaluate": PARTS | {"experiment", "interrupt", "results"},
 }
 # Modules that were split off another one for length.
-PART_OF = {"config_loading": "config", "config_validation": "config"}
+PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}
 
-FOREIGN = {"torch", "vllm", "wandb", "datasets", "sentence_transformers"}
+FOREIGN = {"torch", "vllm", "wandb", "datasets", "sentence_transformers", "bm25s"}
 
 
 def sources(root: Path, *folders: str) -> dict[Path, str]:

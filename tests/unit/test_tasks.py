@@ -247,7 +247,7 @@ def test_jsonl_grade(text, exact):
 
 
 def test_get_task():
-    assert set(TASKS) == {"short_answers", "jsonl"}
+    assert set(TASKS) == {"short_answers", "jsonl", "mbpp", "cos_e", "scienceqa"}
     for name, task in TASKS.items():
         assert get_task(name) is task
         assert task.name == name

@@ -17,6 +17,15 @@ def pad_prompts(
     return _pad(prompts, round_up(max(at_least, *map(len, prompts)), multiple), pad_id, left=True)
 
 
+def pad_contexts(
+    rows: Sequence[Sequence[Sequence[int]]], *, pad_id: int, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded `(ids [B, K, P] int32, mask [B, K, P] bool)` of K prompts a row; P is the longest, rounded up."""
+    flat = pad_prompts([prompt for row in rows for prompt in row], pad_id=pad_id, multiple=multiple)
+    ids, mask = (array.reshape(len(rows), len(rows[0]), -1) for array in flat)
+    return ids, mask
+
+
 def pad_completions(completions: Sequence[Sequence[int]], *, pad_id: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded `(ids [B, length] int32, mask [B, length] bool)`.
 

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -54,10 +54,12 @@ class Chat:
             raise UserError(f"chat template: it refuses a conversation ({_reason(error)})") from None
 
 
-def load_chat(path: str | Path) -> Chat:
+def load_chat(path: str | Path, *, stop: Literal["all", "tokenizer"] = "all") -> Chat:
     """The tokenizer of a checkpoint directory.
 
-    The stop ids are the union of the tokenizer's EOS and those of `generation_config.json` and `config.json`.
+    The stop ids are the union of the tokenizer's EOS and those of `generation_config.json` and `config.json`. With
+    `stop` "tokenizer" they are the tokenizer's alone, as in the release: a model that ends its turns with another token
+    then never stops.
 
     Raises:
       UserError: no tokenizer there, no chat template, or no EOS.
@@ -75,15 +77,17 @@ def load_chat(path: str | Path) -> Chat:
         raise UserError(f"model.path: the tokenizer in {path} cannot be loaded ({_reason(error)})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model.path: the tokenizer in {path} has no chat template; use a chat (instruct) model")
-    stop_ids = _stop_ids(path, tokenizer.eos_token_id)
+    stop_ids = _stop_ids(
+        path, tokenizer.eos_token_id, ("generation_config.json", "config.json") if stop == "all" else ()
+    )
     if not stop_ids:
         raise UserError(f"model.path: neither the tokenizer nor generation_config.json in {path} names an EOS token")
     return Chat(tokenizer, stop_ids)
 
 
-def _stop_ids(path: Path, eos: int | None) -> tuple[int, ...]:
+def _stop_ids(path: Path, eos: int | None, files: tuple[str, ...]) -> tuple[int, ...]:
     found = set() if eos is None else {eos}
-    for name in ("generation_config.json", "config.json"):
+    for name in files:
         if (path / name).exists():
             value = _eos_token_id(path / name)
             found |= set(value) if isinstance(value, list) else set() if value is None else {value}

@@ -1,6 +1,6 @@
 """Items to tokenised examples to batches, in an order that a checkpoint can resume exactly."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -12,26 +12,36 @@ from unisd_jax.errors import UserError
 Messages = list[dict[str, str]]
 
 
+class ViewMessages(NamedTuple):
+    """The conversations of one item's views; None or empty for a view that nothing asks for."""
+
+    student: Messages
+    teacher: Messages | None = None
+    contexts: tuple[Messages, ...] = ()
+    negative: Messages | None = None
+
+
 class Example(NamedTuple):
     """One item as token ids: the prompts of its views and its gold completion (with the stop token)."""
 
     item: Item
     student: list[int]
-    teacher: list[int]
+    teacher: list[int] | None
     gold: list[int]
+    contexts: tuple[list[int], ...] = ()
+    negative: list[int] | None = None
 
 
 def tokenize(
     items: Sequence[Item],
+    views: Sequence[ViewMessages],
     chat: Chat,
     *,
-    student_messages: Callable[[Item], Messages],
-    teacher_messages: Callable[[Item], Messages],
     max_prompt_length: int,
     max_gold_length: int | None = None,
     overlong: str = "drop",
 ) -> tuple[list[Example], int]:
-    """Tokenises every item; returns the examples and how many were dropped.
+    """Tokenises every item with its views; returns the examples and how many were dropped.
 
     An item is too long if a prompt has more than `max_prompt_length` tokens or, where that is set, its gold completion
     more than `max_gold_length`. It is dropped or refused as a whole; nothing is ever cut.
@@ -40,13 +50,14 @@ def tokenize(
       UserError: an item is too long and `overlong` is "error", or none is left.
     """
     examples, dropped = [], 0
-    for item in items:
-        messages = student_messages(item)
+    for item, messages in zip(items, views, strict=True):
         example = Example(
             item,
-            chat.prompt_ids(messages),
-            chat.prompt_ids(teacher_messages(item)),
-            chat.reply_ids(messages, item.completion),
+            chat.prompt_ids(messages.student),
+            None if messages.teacher is None else chat.prompt_ids(messages.teacher),
+            chat.reply_ids(messages.student, item.completion),
+            tuple(chat.prompt_ids(context) for context in messages.contexts),
+            None if messages.negative is None else chat.prompt_ids(messages.negative),
         )
         reason = _too_long(example, max_prompt_length, max_gold_length)
         if reason is None:
@@ -82,12 +93,14 @@ def batches(examples: Sequence[Example], *, batch_size: int, seed: int, shuffle:
 
 
 def _too_long(example: Example, max_prompt_length: int, max_gold_length: int | None) -> str | None:
+    prompts = {"the student's prompt": example.student, "the teacher's prompt": example.teacher}
+    prompts |= {f"auxiliary prompt {index}": ids for index, ids in enumerate(example.contexts, start=1)}
+    prompts["the negative prompt"] = example.negative
     sizes: list[tuple[str, Any, int | None, str]] = [
-        ("the student's prompt", example.student, max_prompt_length, "data.max_prompt_length"),
-        ("the teacher's prompt", example.teacher, max_prompt_length, "data.max_prompt_length"),
+        *((what, ids, max_prompt_length, "data.max_prompt_length") for what, ids in prompts.items()),
         ("the gold completion", example.gold, max_gold_length, "rollout.max_completion_length"),
     ]
     for what, ids, limit, option in sizes:
-        if limit is not None and len(ids) > limit:
+        if ids is not None and limit is not None and len(ids) > limit:
             return f"{what} has {len(ids)} tokens, {option} is {limit}"
     return None

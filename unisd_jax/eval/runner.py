@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.chat import Chat
 from unisd_jax.data.pipeline import Example
 from unisd_jax.data.tasks.base import Task
-from unisd_jax.kernels.fused_linear_logprob import fused_linear_logprob
-from unisd_jax.models import Model, completion_hidden
+from unisd_jax.models import Model, completion_scores
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import RolloutEngine, Sampling
 from unisd_jax.types import Completions, Prompts
@@ -27,6 +26,30 @@ class Evaluation(NamedTuple):
     means: dict[str, float]
 
 
+def replies(
+    engine: RolloutEngine,
+    prompts: Sequence[list[int]],
+    chat: Chat,
+    sampling: Sampling,
+    *,
+    key: PRNGKeyArray,
+    version: int,
+    batch_size: int,
+    length_multiple: int,
+) -> list[list[int]]:
+    """One completion of each prompt as token ids, stop token included; all batches have the same shape.
+
+    What is drawn for a prompt depends on `key` and on its place among `prompts`.
+    """
+    longest = max(map(len, prompts))
+    found: list[list[int]] = []
+    for number, rows in enumerate(fixed_batches(prompts, batch_size)):
+        ids, mask = pad_prompts(rows, pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
+        rollout = engine.generate(ids, mask, sampling, key=jax.random.fold_in(key, number), version=version)
+        found += [list(row[kept]) for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)]
+    return [[int(token) for token in reply] for reply in found[: len(prompts)]]
+
+
 def greedy_replies(
     engine: RolloutEngine,
     prompts: Sequence[list[int]],
@@ -37,17 +60,12 @@ def greedy_replies(
     batch_size: int,
     length_multiple: int,
 ) -> list[list[int]]:
-    """Greedy completions as token ids, stop token included; all batches have the same shape."""
+    """`replies` without randomness."""
     sampling = Sampling(max_completion_length, chat.stop_ids, chat.pad_id, temperature=0.0)
-    longest = max(map(len, prompts))
-    replies: list[list[int]] = []
-    for rows in fixed_batches(prompts, batch_size):
-        ids, mask = pad_prompts(rows, pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
-        rollout = engine.generate(ids, mask, sampling, key=purpose_key(0, 0, "evaluation"), version=version)
-        replies += [
-            list(row[kept]) for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)
-        ]
-    return [[int(token) for token in reply] for reply in replies[: len(prompts)]]
+    return replies(
+        engine, prompts, chat, sampling, key=purpose_key(0, 0, "evaluation"), version=version, batch_size=batch_size,
+        length_multiple=length_multiple,
+    )  # fmt: skip
 
 
 def gold_logprob(
@@ -85,9 +103,7 @@ def token_logps(
     model: Model,
 ) -> Float[Array, "B T"]:
     """log p of each completion token at temperature 1."""
-    hidden = completion_hidden(model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask))
-    scores = fused_linear_logprob(hidden.reshape(-1, hidden.shape[-1]), model.head(params), ids.reshape(-1))
-    return scores.logp.reshape(ids.shape)
+    return completion_scores(model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask)).logp
 
 
 def evaluate_examples(
@@ -110,14 +126,14 @@ def evaluate_examples(
         engine, prompts, chat, version=version, max_completion_length=max_completion_length, batch_size=batch_size,
         length_multiple=length_multiple,
     )  # fmt: skip
-    replies = [chat.text(ids) for ids in reply_ids]
-    grades = [task.grade(reply, example.item) for reply, example in zip(replies, examples, strict=True)]
+    texts = [chat.text(ids) for ids in reply_ids]
+    grades = [task.grade(text, example.item) for text, example in zip(texts, examples, strict=True)]
     means = {name: float(np.mean([grade[name] for grade in grades])) for name in grades[0]}
     means["gold_logprob"] = gold_logprob(
         model, params, examples, chat, batch_size=batch_size, length_multiple=length_multiple
     )
     means["truncated_share"] = float(np.mean([ids[-1] not in chat.stop_ids for ids in reply_ids]))
-    return Evaluation(replies, grades, means)
+    return Evaluation(texts, grades, means)
 
 
 def fixed_batches(rows: Sequence[Any], size: int) -> list[list[Any]]:

@@ -54,5 +54,15 @@ def weighted_sum(
     return jnp.sum(jnp.where(mask, values, 0.0) * jax.lax.stop_gradient(coefficients))
 
 
+def masked_mean(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over the tokens where `mask` holds; 0 if there are none."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_quantile(values: Float[Array, "B T"], mask: Bool[Array, "B T"], quantile: float) -> Float[Array, ""]:
+    """Quantile over the tokens where `mask` holds, linear between order statistics; NaN if there are none."""
+    return jnp.nanquantile(jnp.where(mask, values.astype(jnp.float32), jnp.nan), quantile)
+
+
 def _nonzero(total: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(total > 0, total, 1.0)

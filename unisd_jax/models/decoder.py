@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unisd_jax.models.attention import attention, causal, causal_attention, rotary_angles, rotate
 from unisd_jax.models.config import ModelConfig
-from unisd_jax.models.lora import Lora, LoraFactors, low_rank_product
+from unisd_jax.models.lora import TARGETS, Dropout, Lora, LoraFactors, low_rank_product
 
 
 class KVCache(NamedTuple):
@@ -35,6 +35,14 @@ class LayerAdapter(NamedTuple):
 
     factors: dict[str, LoraFactors]
     scale: float
+    dropout: Dropout | None = None
+
+    def __call__(self, x: Float[Array, "*B in"], path: str) -> Float[Array, "*B out"]:
+        """scale · dropout(x)·A·B of the adapter at `path`."""
+        if self.dropout is not None:
+            x = self.dropout.at(sorted(TARGETS.values()).index(path)).apply(x)
+        a, b = self.factors[path]
+        return self.scale * low_rank_product(x, a.astype(x.dtype), b.astype(x.dtype))
 
 
 class Linear(nnx.Module):
@@ -49,8 +57,7 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...]
         if adapter is not None and path in adapter.factors:
-            a, b = adapter.factors[path]
-            y = y + adapter.scale * low_rank_product(x, a.astype(x.dtype), b.astype(x.dtype))
+            y = y + adapter(x, path)
         return y
 
 
@@ -146,20 +153,24 @@ class Decoder(nnx.Module):
             self.head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def __call__(self, ids, positions, attend, *, lora: Lora | None, cache: KVCache | None, slot):
+    def __call__(
+        self, ids, positions, attend, *, lora: Lora | None, cache: KVCache | None, slot, dropout: Dropout | None = None
+    ):
         x = self.embed.weight[...][ids]
         angles = rotary_angles(positions, self.config)
         block, stacked = nnx.split(self.layers)
         factors = None if lora is None else lora.factors
 
         def layer_step(x, layer_inputs):
-            weights, factors, layer_cache = layer_inputs
-            adapter = None if lora is None else LayerAdapter(factors, lora.scale)
+            weights, factors, layer_cache, layer = layer_inputs
+            layer_dropout = None if dropout is None else dropout.at(layer)
+            adapter = None if lora is None else LayerAdapter(factors, lora.scale, layer_dropout)
             return nnx.merge(block, weights)(x, angles, attend, adapter, layer_cache, slot)
 
         # The layers return their new keys and values only, and the cache is written once: written layer by layer inside
         # the scan, XLA's CPU backend copies the whole cache for every layer.
-        x, new = jax.lax.scan(layer_step, x, (stacked, factors, cache))
+        layers = jnp.arange(self.config.num_layers)
+        x, new = jax.lax.scan(layer_step, x, (stacked, factors, cache, layers))
         return self.norm(x), None if cache is None else insert(cache, new, slot)
 
 
@@ -189,13 +200,15 @@ class Model:
         mask: Bool[Array, "B S"],
         *,
         lora: Lora | None = None,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B S H"]:
         """States after the final norm, in one pass without a cache; position i predicts token i + 1.
 
-        `mask` is False on padding (either side). Positions count unpadded tokens, so padding changes nothing.
+        `mask` is False on padding (either side). Positions count unpadded tokens, so padding changes nothing. `dropout`
+        acts on the inputs of the adapters, where the student is trained; None everywhere else.
         """
         hidden, _ = nnx.merge(self.graph, params)(
-            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None
+            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None, dropout=dropout
         )
         return hidden
 
@@ -217,12 +230,17 @@ class Model:
 
     def logits(self, params: dict[str, Any], hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""
-        return jnp.einsum("...h,vh->...v", hidden, self.head(params), preferred_element_type=jnp.float32)
+        return head_logits(hidden, self.head(params))
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
         """Room for `length` tokens of `batch` sequences."""
         shape = (self.config.num_layers, batch, self.config.num_kv_heads, length, self.config.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def head_logits(hidden: Float[Array, "*B H"], head: Float[Array, "V H"]) -> Float[Array, "*B V"]:
+    """Next-token logits in float32."""
+    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
 def token_positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:

@@ -82,13 +82,7 @@ def save_hf(path: str | Path, model: Model, params: dict[str, Any], *, source: s
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {}
-    for keys in _leaves(params):
-        names, value = _hf_names(model, keys), np.asarray(_at(params, keys))
-        rows = value if keys[0] == "layers" else value[None]
-        for name, row in zip(names, rows, strict=True):
-            tensors[name] = np.ascontiguousarray(row.T if keys[-1] == "kernel" else row)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(hf_tensors(model, params), partial / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_hf()
     if source is not None:
         config = json.loads((Path(source) / "config.json").read_text())
@@ -101,6 +95,17 @@ def save_hf(path: str | Path, model: Model, params: dict[str, Any], *, source: s
         os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
+
+
+def hf_tensors(model: Model, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A parameter tree, or anything of its shape such as a gradient, under Hugging Face's names and layout."""
+    tensors = {}
+    for keys in _leaves(params):
+        names, value = _hf_names(model, keys), np.asarray(_at(params, keys))
+        rows = value if keys[0] == "layers" else value[None]
+        for name, row in zip(names, rows, strict=True):
+            tensors[name] = np.ascontiguousarray(row.T if keys[-1] == "kernel" else row)
+    return tensors
 
 
 def read_config(path: str | Path) -> ModelConfig:

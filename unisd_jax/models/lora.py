@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from unisd_jax.errors import UserError
 
@@ -39,6 +39,25 @@ class Lora:
     def __init__(self, factors: dict[str, LoraFactors], scale: float):
         self.factors = factors
         self.scale = scale
+
+
+class Dropout(NamedTuple):
+    """LoRA dropout of one pass: each adapter's input is zeroed at `rate`, drawn from a key per row of the batch.
+
+    A row's draws depend on its own key alone, so that splitting a batch changes nothing.
+    """
+
+    rate: float
+    keys: PRNGKeyArray
+
+    def at(self, index: int | Int[Array, ""]) -> "Dropout":
+        """The same for one layer, or for one adapter of a layer."""
+        return Dropout(self.rate, jax.vmap(jax.random.fold_in, (0, None))(self.keys, index))
+
+    def apply(self, x: Float[Array, "B *S in"]) -> Float[Array, "B *S in"]:
+        """`x` with entries zeroed and the others scaled by 1 / (1 − rate)."""
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(self.keys)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 def init_lora(key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: float, targets: Sequence[str]) -> Lora:

@@ -18,43 +18,47 @@ from unisd_jax.models.lora import Lora, LoraFactors
 RANK_MULTIPLE = 2
 
 
-def start_ema(student: Any) -> Any:
-    """The teacher before any update: equal to the student's starting point, in float32.
+def start_ema(student: Any, *, dtype: Any = jnp.float32) -> Any:
+    """The teacher before any update: equal to the student's starting point, kept in `dtype`.
+
+    The release keeps it in bfloat16, where updates below half a unit in the last place vanish; float32 keeps them.
 
     An adapter's factors are filled up with zeros to the teacher's larger rank, which leaves their product as it is.
     """
     if not isinstance(student, Lora):
-        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), student)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, dtype), student)
 
     def widen(factors: LoraFactors) -> LoraFactors:
         *layers, inputs, rank = factors.a.shape
         outputs = factors.b.shape[-1]
         more = min(RANK_MULTIPLE * rank, inputs, outputs) - rank
         zeros = LoraFactors(jnp.zeros((*layers, inputs, more)), jnp.zeros((*layers, more, outputs)))
-        return _stack(factors, zeros, 1.0, 1.0)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), _stack(factors, zeros, 1.0, 1.0))
 
     return Lora({path: widen(factors) for path, factors in student.factors.items()}, student.scale)
 
 
 def ema_update(teacher: Any, student: Any, *, decay: float) -> Any:
-    """θ̄ ← decay·θ̄ + (1−decay)·θ in float32; adapters are averaged as effective weights at the teacher's rank."""
+    """θ̄ ← decay·θ̄ + (1−decay)·θ in the dtype of θ̄; adapters are averaged as effective weights at the teacher's rank."""
     return ema_update_measured(teacher, student, decay=decay)[0]
 
 
 def ema_update_measured(teacher: Any, student: Any, *, decay: float) -> tuple[Any, Float[Array, ""]]:
     """`ema_update`, and the share of the averaged adapter's squared Frobenius norm that its rank could not hold."""
     if not isinstance(teacher, Lora):
-        updated = jax.tree.map(
-            lambda old, new: decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32),
-            teacher,
-            student,
-        )
-        return updated, jnp.float32(0.0)
+        return jax.tree.map(lambda old, new: _average(old, new, decay), teacher, student), jnp.float32(0.0)
     factors, lost, total = {}, jnp.float32(0.0), jnp.float32(0.0)
     for path, old in teacher.factors.items():
-        factors[path], path_lost, path_total = _average_products(old, student.factors[path], decay)
+        exact, path_lost, path_total = _average_products(old, student.factors[path], decay)
+        factors[path] = jax.tree.map(lambda new, like: new.astype(like.dtype), exact, old)
         lost, total = lost + path_lost, total + path_total
     return Lora(factors, teacher.scale), lost / jnp.maximum(total, 1e-30)
+
+
+def _average(old: Float[Array, "*S"], new: Float[Array, "*S"], decay: float) -> Float[Array, "*S"]:
+    """One weight's average in the dtype of `old`, rounded after the product and after the sum, as in place."""
+    kept = (decay * old.astype(jnp.float32)).astype(old.dtype).astype(jnp.float32)
+    return (kept + (1 - decay) * new.astype(jnp.float32)).astype(old.dtype)
 
 
 def weight_distance(teacher: Any, student: Any) -> Float[Array, ""]:
@@ -65,8 +69,9 @@ def weight_distance(teacher: Any, student: Any) -> Float[Array, ""]:
         size = sum(_squared_norm(new) for _, new in pairs)
     else:
         leaves = list(zip(jax.tree.leaves(teacher), jax.tree.leaves(student), strict=True))
-        apart = sum(jnp.sum(jnp.square(old - new.astype(jnp.float32))) for old, new in leaves)
-        size = sum(jnp.sum(jnp.square(new.astype(jnp.float32))) for _, new in leaves)
+        leaves = [(old.astype(jnp.float32), new.astype(jnp.float32)) for old, new in leaves]
+        apart = sum(jnp.sum(jnp.square(old - new)) for old, new in leaves)
+        size = sum(jnp.sum(jnp.square(new)) for _, new in leaves)
     return jnp.sqrt(jnp.maximum(apart, 0.0) / jnp.maximum(size, 1e-30))
 
 

@@ -1,41 +1,92 @@
 """What the student and the teacher are asked: chat messages of each view.
 
-`turns` puts the demonstration before the question as an earlier exchange, which small chat models follow. `inline`
-puts it inside the user message together with the request to study it.
+`turns` puts a demonstration before the question as an earlier exchange, which small chat models follow. `inline` puts
+it inside the user message together with what to do with it. A wrong demonstration goes through the same function as a
+good one: a contrast of the two must find no difference of form to hold on to.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 Message = dict[str, str]
 Placement = Literal["turns", "inline"]
-Condition = Literal["gold", "none"]
+Condition = Literal["gold", "self", "none"]
 
 
 def student_messages(question: str) -> list[Message]:
     """The question alone."""
-    return [{"role": "user", "content": question}]
+    return [_user(question)]
 
 
 def teacher_messages(question: str, demonstration: str, *, condition: Condition, placement: Placement) -> list[Message]:
-    """The question together with a worked solution; without one (`condition` "none") the student's own prompt.
+    """The question together with a response to it; without one (`condition` "none") the student's own prompt.
+
+    `gold` and `self` say where the response comes from, the data or the model, and are laid out alike. The negative
+    view is this function with a wrong response (the release formats the two differently: its defect A12).
 
     Raises:
       ValueError: an unknown condition or placement.
     """
     if condition == "none":
         return student_messages(question)
-    if condition != "gold":
-        raise ValueError(f"condition is {condition!r}; expected gold or none")
+    if condition not in ("gold", "self"):
+        raise ValueError(f"condition is {condition!r}; expected gold or none, or self for the model's own response")
     if placement == "turns":
-        return [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": demonstration},
-            {"role": "user", "content": question},
-        ]
+        return [_user(question), _assistant(demonstration), _user(question)]
     if placement == "inline":
         content = (
             f"{question}\n\nHere is one good response to this question:\n{demonstration}\n\n"
             "Read it closely, then give your own response to the question."
         )
-        return [{"role": "user", "content": content}]
+        return [_user(content)]
     raise ValueError(f"placement is {placement!r}; expected turns or inline")
+
+
+def auxiliary_messages(question: str, examples: Sequence[tuple[str, str]], *, placement: Placement) -> list[Message]:
+    """The question together with solved examples of other questions, never its own solution (UniSD section 2.2).
+
+    The same layout for every task and every way of choosing the examples; the release wraps its teacher's prompt,
+    solution included, for one combination (defects D-14 and A9).
+
+    Args:
+      question: what is asked.
+      examples: (question, good response) of other items, nearest first.
+      placement: `turns`, earlier exchanges; `inline`, one user message that marks them as reference only.
+
+    Raises:
+      ValueError: no example, or an unknown placement.
+    """
+    if not examples:
+        raise ValueError("examples is empty; expected at least one solved example of another question")
+    if placement == "turns":
+        exchanges = [(_user(asked), _assistant(response)) for asked, response in examples]
+        return [*(message for exchange in exchanges for message in exchange), _user(question)]
+    if placement == "inline":
+        blocks = [
+            f"[Example {number}: question]\n{asked}\n\n[Example {number}: response]\n{response}"
+            for number, (asked, response) in enumerate(examples, start=1)
+        ]
+        content = "\n\n".join(
+            [
+                "The following examples are for reference only. Each one responds to another question: leave those "
+                "questions alone, and carry none of their answers over.",
+                *blocks,
+                "[Your question: respond to this one only]",
+                question,
+            ]
+        )
+        return [_user(content)]
+    raise ValueError(f"placement is {placement!r}; expected turns or inline")
+
+
+def induction_messages(question: str, instruction: str) -> list[Message]:
+    """The question below general guidance; no mention of a solution, as there is none (the release's defect A14)."""
+    return [_user(f"Guidance for questions of this kind:\n{instruction}\n\nQuestion:\n{question}")]
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}

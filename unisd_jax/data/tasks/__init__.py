@@ -2,11 +2,13 @@
 
 import difflib
 
-from unisd_jax.data.tasks import jsonl, short_answers
+from unisd_jax.data.tasks import cos_e, jsonl, mbpp, scienceqa, short_answers
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import ConfigError
 
-TASKS: dict[str, Task] = {task.name: task for task in (short_answers.TASK, jsonl.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (short_answers.TASK, jsonl.TASK, mbpp.TASK, cos_e.TASK, scienceqa.TASK)
+}
 
 __all__ = ["TASKS", "Item", "Task", "get_task"]
 

@@ -1,7 +1,12 @@
-"""The user's own data: one JSON object a line with `prompt`, `completion` and optionally `id` and `answer`."""
+"""The user's own data: one JSON object a line with `prompt`, `completion` and optionally `id` and `answer`.
 
+The other tasks read their files with what is here too; a name that ends in `.gz` is read as gzip.
+"""
+
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +19,95 @@ class Record(NamedTuple):
 
     line: int
     fields: dict[str, str]
+
+
+class Row(NamedTuple):
+    """One JSON object of a file with fields of several types; `where` names file and line in messages."""
+
+    where: str
+    fields: dict[str, object]
+
+    def value(self, name: str, kind: type) -> object:
+        """The field `name`.
+
+        Raises:
+          UserError: it is missing or not a `kind`.
+        """
+        if name not in self.fields:
+            has = _listed(tuple(self.fields)) if self.fields else "none"
+            raise UserError(f"{self.where}: field {name!r} is missing, expected a {_KINDS[kind]}; found fields: {has}")
+        value = self.fields[name]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(f"{self.where}: field {name!r} is a {type(value).__name__}, expected a {_KINDS[kind]}")
+        return value
+
+    def text(self, name: str) -> str:
+        """The field `name`, a string with something in it.
+
+        Raises:
+          UserError: it is missing, not a string or empty.
+        """
+        value = self.value(name, str)
+        if not value.strip():
+            raise UserError(f"{self.where}: field {name!r} is empty, expected a string with something in it")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        """The field `name` without outer white space; empty where it is missing or null.
+
+        Raises:
+          UserError: it is anything but a string.
+        """
+        return "" if self.fields.get(name) is None else self.value(name, str).strip()
+
+    def texts(self, name: str, at_least: int = 0) -> list[str]:
+        """The field `name`, a list of strings that have something in them.
+
+        Raises:
+          UserError: it is missing, not such a list, or shorter than `at_least`.
+        """
+        values = self.value(name, list)
+        for place, value in enumerate(values):
+            if not isinstance(value, str) or not value.strip():
+                found = "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+                raise UserError(f"{self.where}: field {name!r}[{place}] is {found}, expected a string with text")
+        if len(values) < at_least:
+            raise UserError(f"{self.where}: field {name!r} has {len(values)} entries, expected at least {at_least}")
+        return values
+
+
+_KINDS = {str: "string", int: "whole number", list: "list"}
+
+
+def read_rows(task: str, split: str, path: Path | None) -> list[Row]:
+    """The objects of the file that the benchmark `task` was given for `split`.
+
+    Raises:
+      ConfigError: no file was given.
+      UserError: the file is missing, unreadable or empty, or a line is not a JSON object; the message says which.
+    """
+    path = _required(task, split, path)
+    rows = []
+    for line, text in _numbered_lines(path):
+        where = f"{path}, line {line}"
+        rows.append(Row(where, _parse_object(text, where)))
+    if not rows:
+        raise UserError(f"{path} holds no items, expected one JSON object a line")
+    return rows
+
+
+def distinct(items: Iterable[tuple[Row, Item]]) -> list[Item]:
+    """The items, each made from its row, after a check that no id occurs twice.
+
+    Raises:
+      UserError: one does; the message names the second row.
+    """
+    found: dict[str, Item] = {}
+    for row, item in items:
+        if item.id in found:
+            raise UserError(f"{row.where}: id {item.id!r} was already used in an earlier line, expected another")
+        found[item.id] = item
+    return list(found.values())
 
 
 def read_records(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> list[Record]:
@@ -45,11 +139,10 @@ def load(split: str, path: Path | None) -> list[Item]:
       ConfigError: no file was given.
       UserError: see `read_records`.
     """
-    if path is None:
-        raise ConfigError(f"task 'jsonl' has no data of its own: set data.{split}_path to the {split} file")
+    records = read_records(_required("jsonl", split, path), ("prompt", "completion"), ("answer",))
     return [
         Item(fields["id"], fields["prompt"], fields["completion"], fields.get("answer", fields["completion"]))
-        for _, fields in read_records(Path(path), ("prompt", "completion"), ("answer",))
+        for _, fields in records
     ]
 
 
@@ -58,12 +151,24 @@ def grade(text: str, item: Item) -> dict[str, float]:
     return {"exact": float(text.strip() == item.answer.strip())}
 
 
+def _required(task: str, split: str, path: Path | None) -> Path:
+    if path is None:
+        raise ConfigError(f"task {task!r} has no data of its own: set data.{split}_path to the {split} file")
+    return Path(path)
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line number, from 1, and text of every line that is not blank."""
     try:
         data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
     except FileNotFoundError as error:
         raise UserError(f"data file {path} does not exist") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f"data file {path} is not a whole gzip file ({error}), expected one for the name .gz"
+        ) from error
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror}") from error
     # Split bytes, not text: str.splitlines would also cut at separators that JSON allows inside a string.
