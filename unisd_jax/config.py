@@ -30,7 +30,7 @@ from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
 # Where a run is kept and what is said about it; these may change when a run is resumed.
-_NOT_HASHED = ("name", "output_dir", "preset", "logging", "checkpoint")
+_NOT_HASHED = ("name", "output_dir", "preset", "logging.", "checkpoint.", "teacher.cache_dir")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -84,11 +84,16 @@ def to_yaml(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """12 hexadecimal digits that name the run's numbers: two runs with the same hash compute the same thing.
 
-    The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `logging.*` and
-    `checkpoint.*`.
+    The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `preset`, `logging.*`,
+    `checkpoint.*` and `teacher.cache_dir`.
     """
-    defining = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
+    defining = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(_NOT_HASHED)}
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def defining_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """`difference` without the options that change no number."""
+    return [line for line in difference(a, b) if not line.startswith(_NOT_HASHED)]
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,8 @@ class InertMechanisms:
         for name, rule in _RULES.items():
             if not math.isfinite(metrics.get(rule.metric, math.nan)):
                 continue
-            self._idle[name] = self._idle[name] + 1 if rule.idle(metrics) else 0
+            said = self._idle[name] < 0
+            self._idle[name] = self._idle[name] + 1 if said or rule.idle(metrics) else 0
             if self._idle[name] == self._after:
                 found.append(f"{name} did nothing for {self._after} steps: {rule.cause}")
                 self._idle[name] = -(2**62)

@@ -44,10 +44,9 @@ def open_run_dir(config: Config) -> Path:
     if path.exists():
         try:
             earlier = yaml.safe_load(path.read_text())
-            lines = configuration.difference(earlier, configuration.to_dict(config))
+            lines = configuration.defining_difference(earlier, configuration.to_dict(config))
         except (yaml.YAMLError, AttributeError):
             raise ConfigError(f"{path} is not a resolved configuration; choose another name or output_dir") from None
-        lines = [line for line in lines if not line.startswith(("name", "output_dir", "logging.", "checkpoint."))]
         if lines:
             raise ConfigError(
                 f"{run_dir} holds a run with other options ({'; '.join(lines)}); choose another name or output_dir"

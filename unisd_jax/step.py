@@ -20,6 +20,8 @@ from unisd_jax.losses import (
     needs_scores_first,
     objective,
     score_tokens,
+    term_metrics,
+    token_metrics,
     token_plan,
 )
 from unisd_jax.models import (
@@ -173,39 +175,6 @@ def weights(trainable: Any, base: dict[str, Any]) -> tuple[dict[str, Any], Lora 
     if isinstance(trainable, Lora):
         return base, trainable
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), trainable, base), None
-
-
-def term_metrics(
-    terms: dict[str, Float[Array, ""]], squares: dict[str, Float[Array, ""]], loss: Float[Array, ""]
-) -> dict[str, Float[Array, ""]]:
-    """Each term's value, its share of the loss, and of the sum of the terms' gradient norms at the hidden states."""
-    norms = {name: jnp.sqrt(square) for name, square in squares.items()}
-    metrics = {}
-    for name, value in terms.items():
-        metrics |= {
-            f"loss_{name}": value,
-            f"loss_share_{name}": value / jnp.where(loss == 0, 1.0, loss),
-            f"gradient_share_{name}": norms[name] / jnp.maximum(sum(norms.values()), 1e-30),
-        }
-    return metrics
-
-
-def token_metrics(
-    scores: TokenScores, first: TokenScores | None, views: Views, mask: Bool[Array, "B T"], settings: Objective
-) -> dict[str, Float[Array, ""]]:
-    """Means over the tokens of the loss; names and units in docs/metrics.md."""
-    metrics = {
-        "entropy": masked_mean(scores.entropy, mask),
-        "completion_length": jnp.mean(jnp.sum(views.completions.mask, axis=1).astype(jnp.float32)),
-    }
-    if settings.loss == "divergence":
-        metrics["divergence"] = masked_mean(scores.divergence, mask)
-    if views.sampler_logps is not None:
-        # The sampler has no dropout: compare it with the scores that have none.
-        logp = (scores if first is None else first).student_logp
-        gap = jnp.where(views.completions.mask, jnp.abs(logp - views.sampler_logps), 0.0)
-        metrics |= {"sampler_gap": masked_mean(gap, views.completions.mask), "sampler_gap_max": jnp.max(gap)}
-    return metrics
 
 
 def _scores_student_first(settings: StepSettings, views: Views) -> bool:

@@ -12,14 +12,6 @@ from hypothesis import strategies as st
 
 from unisd_jax.config import (
     Config,
-    DataOptions,
-    EvaluationOptions,
-    LoraOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    RolloutOptions,
-    TeacherOptions,
-    TrainOptions,
     config_hash,
     difference,
     load_config,
@@ -29,6 +21,16 @@ from unisd_jax.config import (
     validate,
 )
 from unisd_jax.config_loading import deep_merge, flatten, walk_options
+from unisd_jax.config_options import (
+    DataOptions,
+    EvaluationOptions,
+    LoraOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RolloutOptions,
+    TeacherOptions,
+    TrainOptions,
+)
 from unisd_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -71,13 +73,17 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def test_base_yaml_states_every_option_and_the_dataclasses_defaults():
     text = (CONFIGS / "base.yaml").read_text(encoding="utf-8")
-    assert set(flatten(yaml.safe_load(text))) == set(OPTIONS) - {"model.path"}
+    tree = yaml.safe_load(text)
+    assert tree.pop("variants").keys() == {"parity.upstream", "preset.command", "preset.launcher"}
+    assert set(flatten(tree)) == set(OPTIONS) - {"model.path"}
     assert "# path:" in text
     assert load_config(CONFIGS / "base.yaml", ["--model.path=x"]) == Config(model=ModelOptions(path="x"))
 
 
 def test_every_option_in_base_yaml_has_a_comment():
-    for line in (CONFIGS / "base.yaml").read_text(encoding="utf-8").splitlines():
+    options, variants, _ = (CONFIGS / "base.yaml").read_text(encoding="utf-8").partition("\nvariants:\n")
+    assert variants
+    for line in options.splitlines():
         assert not re.match(r"\s*\w+: \S", line) or "  # " in line, f"no comment: {line}"
 
 
@@ -85,21 +91,27 @@ def test_every_option_in_base_yaml_has_a_comment():
 def test_shipped_configurations_load(path):
     config = load_config(path, ["--model.path=weights"])
     if path.parent.name == "modes":
+        # What each mode changes, option by option, is in test_modes.py.
         assert config.mode == path.stem
-        base = load_config(CONFIGS / "base.yaml", ["--model.path=weights"])
-        changed = {line.partition(":")[0] for line in difference(to_dict(base), to_dict(config))}
-        assert changed <= {"mode", "teacher.ema", "objective.loss"}
 
 
 def test_quickstart_and_its_baseline_differ_only_in_what_is_compared():
     quickstart, sft = (load_config(CONFIGS / f"{name}.yaml") for name in ("quickstart", "quickstart_sft"))
-    assert (quickstart.mode, quickstart.teacher.ema, quickstart.teacher.placement) == ("ema", True, "turns")
+    assert (quickstart.mode, quickstart.teacher.ema, quickstart.teacher.placement) == ("unisd_star", True, "turns")
     assert quickstart.model.trainable == "lora" and quickstart.model.dtype == "float32"
     assert difference(to_dict(quickstart), to_dict(sft)) == [
         'name: "quickstart" -> "quickstart-sft"',
-        'mode: "ema" -> "sft"',
+        'mode: "unisd_star" -> "sft"',
         "teacher.ema: true -> false",
+        "teacher.ema_sync_steps: 1 -> 10",
+        "teacher.ema_decay: 0.95 -> 0.9",
+        "teacher.contexts.num_auxiliary_contexts: 3 -> 0",
+        'teacher.contexts.method: "retrieval" -> "random"',
         'objective.loss: "divergence" -> "nll"',
+        'objective.agreement.level: "token" -> "none"',
+        "objective.contrast.contrastive_weight: 0.1 -> 0.0",
+        "objective.matching.final_layer_distill_weight: 0.1 -> 0.0",
+        'rollout.source: "student" -> "gold"',
     ]
 
 
@@ -299,8 +311,12 @@ def test_null_is_null_even_for_a_string_option(minimal):
             'data.overlong: expected one of drop, error, found "dorp" (a string); did you mean "drop"?',
         ),
         ("--model.dtype=float16", 'did you mean "bfloat16"?'),
-        ("--mode=agreement", 'mode: expected one of plain, ema, sft, found "agreement" (a string)'),
-        ("--teacher.condition=null", "teacher.condition: expected one of gold, none, found null"),
+        ("--mode=zzz", "mode: expected one of plain, agreement_seq_random, agreement_seq_retrieval, "),
+        ("--mode=unisd", 'found "unisd" (a string); did you mean "unisd_star"?'),
+        ("--preset=lancher", 'found "lancher" (a string); did you mean "launcher"?'),
+        ("--parity=zzz", 'parity: expected one of none, upstream, found "zzz" (a string)'),
+        ("--teacher.condition=null", "teacher.condition: expected one of gold, other, self, none, found null"),
+        ("--objective.clip.token_clip=x", 'objective.clip.token_clip: expected a number or null, found "x" (a string)'),
         ("--train.steps=[1", '"--train.steps=[1", line 1: not valid YAML'),
         ("--train.steps={a: 1, a: 2}", "appears twice"),
         ("train.steps=1", 'expected an override of the form --section.option=value, found "train.steps=1"'),
@@ -323,13 +339,45 @@ def test_an_unknown_key_deep_in_a_file(write):
 _OUT_OF_RANGE = {
     "model.lora.rank": ["0", "-1"],
     "model.lora.alpha": ["0", "-1"],
+    "model.lora.dropout": ["-0.1", "1"],
     "data.train_limit": ["0"],
     "data.test_limit": ["0"],
     "data.max_prompt_length": ["0"],
     "data.length_multiple": ["0"],
     "teacher.ema_sync_steps": ["0"],
     "teacher.ema_decay": ["-0.1", "1.1"],
+    "teacher.self_samples": ["1", "0"],
+    "teacher.self_min_agreement": ["-0.1", "1.1"],
+    "teacher.cache_dir": ["''"],
+    "teacher.contexts.num_auxiliary_contexts": ["-1"],
+    "teacher.contexts.demonstrations": ["0"],
+    "teacher.contexts.induction_demonstrations": ["0"],
+    "teacher.contexts.induction_instructions": ["0"],
+    "teacher.contexts.induction_temperature": ["0", "-1"],
+    "teacher.contexts.induction_max_length": ["0"],
+    "teacher.negatives.per_item": ["0"],
+    "teacher.negatives.attempts": ["0"],
+    "teacher.negatives.temperature": ["0"],
+    "teacher.negatives.max_length": ["0"],
+    "teacher.negatives.min_coverage": ["-0.1", "1.1"],
     "objective.alpha": ["-0.1", "1.1"],
+    "objective.entry_ceiling": ["0", "-1"],
+    "objective.num_loss_tokens_to_skip": ["-1"],
+    "objective.top_entropy_quantile": ["0", "1.1"],
+    "objective.clip.token_clip": ["0", "-1"],
+    "objective.clip.token_clip_quantile": ["0", "1.1"],
+    "objective.agreement.gamma_agreement": ["-1"],
+    "objective.agreement.agreement_quantile": ["-0.1", "1.1"],
+    "objective.agreement.agreement_cap": ["-1"],
+    "objective.agreement.views_per_pass": ["0", "-1"],
+    "objective.agreement.budget.share": ["0", "1.1"],
+    "objective.agreement.budget.audit_steps": ["-1"],
+    "objective.contrast.contrastive_weight": ["-1"],
+    "objective.contrast.contrastive_margin": ["-1"],
+    "objective.matching.final_layer_distill_weight": ["-1"],
+    "objective.importance.cap": ["0", "-1"],
+    "rollout.on_policy_share": ["-0.1", "1.1"],
+    "rollout.min_completion_length": ["-1"],
     "rollout.max_completion_length": ["0"],
     "rollout.temperature": ["0", "-1"],
     "rollout.top_p": ["0", "1.1"],
@@ -355,6 +403,7 @@ _OUT_OF_RANGE = {
     "checkpoint.every": ["0"],
     "checkpoint.keep": ["0"],
     "logging.samples": ["-1"],
+    "logging.inert_after": ["0"],
     "seed": ["-1", "4294967296"],
     "name": ["''", "a/b", "..", ".hidden", "' '", '"a\\\\b"'],
     "output_dir": ["''"],
@@ -371,11 +420,11 @@ def test_out_of_range(minimal, name, value):
 
 
 def test_every_number_has_a_range_and_a_test_for_it():
-    numbers = {name for name, kind in OPTIONS.items() if kind in (int, float, int | None)}
+    numbers = {name for name, kind in OPTIONS.items() if kind in (int, float, int | None, float | None)}
     assert numbers - set(_OUT_OF_RANGE) == set()
 
 
-@pytest.mark.parametrize("name", [name for name, kind in OPTIONS.items() if kind is float])
+@pytest.mark.parametrize("name", [name for name, kind in OPTIONS.items() if kind in (float, float | None)])
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "1e999"])
 def test_numbers_are_finite(minimal, name, value):
     assert refusal(minimal, f"--{name}={value}").startswith(f"{name} must be a finite number, found ")
@@ -392,6 +441,11 @@ def test_numbers_are_finite(minimal, name, value):
         ["--mesh.data=4", "--mesh.fsdp=2", "--mesh.tensor=3", "--train.micro_batches=2"],
         ["--mode=ema", "--teacher.ema=true", "--teacher.condition=none"],
         ["--data.task=jsonl", "--data.train_path=a", "--data.test_path=b"],
+        ["--model.lora.dropout=0"], ["--objective.top_entropy_quantile=1"], ["--teacher.self_samples=2"],
+        ["--mode=clip", "--objective.clip.token_clip_quantile=1"],
+        ["--teacher.negatives.min_coverage=0"], ["--teacher.negatives.min_coverage=1"],
+        ["--rollout.on_policy_share=0"],
+        ["--rollout.max_completion_length=4", "--objective.num_loss_tokens_to_skip=3"],
     ],
 )  # fmt: skip
 def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
@@ -411,10 +465,14 @@ def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
         (["--model.lora.targets=[q, v, q]"], "model.lora.targets must name each projection once"),
         (["--data.task=jsonl"], "data.train_path is missing"),
         (["--data.task=jsonl", "--data.train_path=a"], "data.test_path is missing"),
-        (["--mode=ema"], 'mode "ema" needs teacher.ema=true, found false'),
-        (["--teacher.ema=true"], 'mode "plain" needs teacher.ema=false, found true'),
+        (["--mode=ema"], 'mode "ema" needs ema, and it is switched off (teacher.ema)'),
+        (["--teacher.ema=true"], 'mode "plain" has no ema, and it is switched on (teacher.ema)'),
         (["--mode=sft"], 'mode "sft" needs objective.loss="nll", found "divergence"'),
-        (["--mode=sft", "--objective.loss=nll", "--teacher.ema=true"], 'mode "sft" needs teacher.ema=false'),
+        (["--mode=sft", "--objective.loss=nll"], 'mode "sft" needs rollout.source="gold", found "student"'),
+        (
+            ["--mode=sft", "--objective.loss=nll", "--rollout.source=gold", "--teacher.ema=true"],
+            'mode "sft" has no ema, and it is switched on (teacher.ema)',
+        ),
         (["--objective.loss=nll"], 'mode "plain" needs objective.loss="divergence", found "nll"'),
         (["--mode=ema", "--teacher.ema=true", "--objective.loss=nll"], 'mode "ema" needs objective.loss'),
         (["--teacher.condition=none"], "teacher would equal the student at the start"),
@@ -458,12 +516,19 @@ CONFIGURATIONS = st.builds(
             LoraOptions,
             rank=_COUNT,
             alpha=_POSITIVE,
+            dropout=st.floats(0, 1, exclude_max=True),
             targets=st.lists(st.sampled_from(["q", "k", "v", "gate"]), min_size=1, unique=True).map(tuple),
         ),
     ),
     data=st.builds(DataOptions, train_path=st.none() | _TEXT, train_limit=st.none() | _COUNT, shuffle=st.booleans()),
     teacher=st.builds(TeacherOptions, ema_decay=_FRACTION),
-    objective=st.builds(ObjectiveOptions, alpha=_FRACTION),
+    objective=st.builds(
+        ObjectiveOptions,
+        alpha=_FRACTION,
+        entry_ceiling=st.none() | _POSITIVE,
+        normalize=st.sampled_from(["batch", "sequence", "upstream"]),
+        num_loss_tokens_to_skip=st.integers(0, 1023),
+    ),
     rollout=st.builds(RolloutOptions, temperature=_POSITIVE, top_k=st.integers(0, 10**6)),
 )
 
@@ -501,29 +566,58 @@ def test_to_dict_holds_every_option_in_plain_types(minimal):
     assert tree["model"]["lora"]["targets"] == ["q", "k", "v", "o", "gate", "up", "down"]
 
 
-def test_the_hash_names_the_numbers_only(minimal):
-    values = {bool: "true", int: "7", float: "0.125", str: "other", str | None: "other", int | None: "7"}
+def test_the_hash_names_the_numbers_only(write):
+    """Every option changed alone, in a run that has so much switched on that each of them may be."""
+    everything = write(
+        "everything.yaml",
+        "mode: custom\nmodel: {path: weights}\nteacher: {ema: true, contexts: {num_auxiliary_contexts: 4}}\n"
+        "objective: {agreement: {level: token}, contrast: {contrastive_weight: 0.1},"
+        " matching: {final_layer_distill_weight: 0.1}}\n",
+    )
+    values = {
+        bool: "true", int: "7", float: "0.125", str: "other",
+        str | None: "other", int | None: "7", float | None: "0.125",
+    }  # fmt: skip
     special = {
-        "mode": None, "teacher.ema": None, "objective.loss": None,  # change together; see below
-        "teacher.condition": None, "data.task": None,
+        "preset": None, "parity": None, "objective.loss": None,  # not alone; see below
+        "data.task": "mbpp --data.train_path=a --data.test_path=b",
+        "mode": "unisd_star", "teacher.ema": "false", "teacher.condition": "none",
         "model.dtype": "float32", "model.trainable": "full", "model.lora.targets": "[q]",
         "data.shuffle": "false", "data.overlong": "error", "teacher.placement": "turns",
-        "objective.normalize": "upstream", "optimizer.schedule": "constant", "evaluation.enabled": "false",
+        "teacher.other_method": "retrieval", "teacher.ema_adapters": "false", "teacher.ema_dtype": "bfloat16",
+        "teacher.contexts.method": "induction", "teacher.contexts.encoder": "minilm",
+        "teacher.negatives.source": "model", "objective.normalize": "upstream",
+        "objective.agreement.level": "sequence", "objective.agreement.agreement_stat": "range",
+        "objective.agreement.views_per_pass": "2", "objective.agreement.budget.unit": "token",
+        "objective.agreement.budget.signal": "spread", "objective.importance.level": "token",
+        "rollout.source": "base", "rollout.stop": "tokenizer",
+        "optimizer.schedule": "constant", "evaluation.enabled": "false",
         "train.micro_batches": "2", "mesh.data": "2", "mesh.fsdp": "2",
     }  # fmt: skip
-    original = config_hash(load_config(minimal))
+    original = config_hash(load_config(everything))
     assert re.fullmatch("[0-9a-f]{12}", original)
     for name, kind in OPTIONS.items():
         value = special.get(name, values.get(kind, ""))
         if value is None:
             continue
-        config = load_config(minimal, [f"--{name}={value}"])
-        assert config != load_config(minimal), f"{name} was not changed"
+        config = load_config(everything, f"--{name}={value}".split(" "))
+        assert config != load_config(everything), f"{name} was not changed"
         free = name.split(".")[0] in ("name", "output_dir", "logging", "checkpoint")
         assert (config_hash(config) == original) is free, name
-    together = ["--mode=ema", "--teacher.ema=true"]
-    hashes = {config_hash(load_config(minimal, words)) for words in (together, [*together, "--teacher.condition=none"])}
-    assert len(hashes | {original}) == 3
+    base = CONFIGS / "base.yaml"
+    nll = ["--mode=custom", "--objective.loss=nll"]
+    words = ([], ["--mode=custom"], nll, ["--parity=upstream"], ["--preset=command"], ["--preset=launcher"])
+    assert len({config_hash(load_config(base, ["--model.path=weights", *more])) for more in words}) == len(words)
+
+
+def test_a_preset_is_not_hashed_but_what_it_sets_is():
+    same = ["--data.max_prompt_length=9", "--rollout.max_completion_length=9", "--train.micro_batches=1"]
+    configs = [
+        load_config(CONFIGS / "base.yaml", ["--model.path=weights", f"--preset={preset}", *same])
+        for preset in ("none", "command", "launcher")
+    ]
+    assert [config.preset for config in configs] == ["none", "command", "launcher"]
+    assert len({config_hash(config) for config in configs}) == 1
 
 
 def test_the_hash_does_not_depend_on_how_a_number_is_written(minimal):
@@ -583,4 +677,4 @@ def test_help_lists_every_option_and_exits_with_zero(capsys, words):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: {PROG} --config FILE")
     assert all(f"--{name}=" in text for name in OPTIONS)
-    assert "--dry-run" in text and "one of plain, ema, sft" in text
+    assert "--dry-run" in text and "one of plain, agreement_seq_random, " in text

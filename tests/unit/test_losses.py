@@ -11,54 +11,27 @@ from hypothesis.extra import numpy as arrays
 
 from unisd_jax.losses import (
     Objective,
+    TeacherScores,
     entropy,
     log_probs,
     objective,
     reduce_tokens,
     reduction_weights,
+    score_tokens,
     token_divergence,
     token_log_probs,
+    token_plan,
     weighted_sum,
 )
 
-# The test vectors: closed-form logits, numbers computed in float64 by another implementation, printed to six digits.
 B, T, V = np.ogrid[:2, :4, :5]
 TEMPERATURE = 0.7
 STUDENT = jnp.asarray(np.sin(1.3 * B + 0.7 * T + 1.1 * V) / TEMPERATURE, jnp.float32)
 TEACHER = jnp.asarray(1.5 * np.cos(0.5 * B + 1.9 * T - 0.8 * V) / TEMPERATURE, jnp.float32)
 MASK = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
 IDS = jnp.array([[0, 2, 4, 1], [3, 0, 2, 4]])
-# alpha: (divergence, reduced loss).
-VECTORS = {
-    0.0: ([[0.764301, 0.962139, 1.973555, 0.199105], [0.095110, 1.415685, 0.138886, 1.736425]], 0.865086),
-    1.0: ([[0.733004, 1.024382, 2.394236, 0.358226], [0.119776, 2.174723, 0.170078, 2.824329]], 1.137356),
-    0.1: ([[0.065545, 0.082228, 0.163711, 0.018466], [0.008610, 0.120124, 0.012656, 0.149022]], 0.073427),
-    0.5: ([[0.168069, 0.215956, 0.421274, 0.059906], [0.025102, 0.323729, 0.037463, 0.408693]], 0.195358),
-    0.9: ([[0.063397, 0.085817, 0.182648, 0.028421], [0.010177, 0.150034, 0.014832, 0.192395]], 0.085088),
-}
-ENTROPY = [[1.301724, 1.247952, 1.171312, 1.232283], [1.180630, 1.210257]]
+HIDDEN = jnp.zeros((2, 4, 3))
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
-
-
-@pytest.mark.parametrize("alpha", VECTORS)
-def test_the_vectors(alpha):
-    divergence, loss = VECTORS[alpha]
-    found = token_divergence(STUDENT, TEACHER, alpha=alpha)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, divergence, atol=2e-6)
-    assert float(reduce_tokens(found, MASK, normalize="upstream")) == pytest.approx(loss, abs=2e-6)
-    through_objective, scores = objective(
-        STUDENT * TEMPERATURE, TEACHER * TEMPERATURE, IDS, MASK, reduction_weights(MASK, normalize="upstream"),
-        settings=Objective(alpha=alpha, normalize="upstream", temperature=TEMPERATURE),
-    )  # fmt: skip
-    assert float(through_objective) == pytest.approx(loss, abs=2e-6)
-    np.testing.assert_allclose(scores.divergence, divergence, atol=2e-6)
-
-
-def test_the_entropy_vector():
-    found = entropy(STUDENT)
-    np.testing.assert_allclose(found[0], ENTROPY[0], atol=2e-6)
-    np.testing.assert_allclose(found[1, :2], ENTROPY[1], atol=2e-6)
 
 
 def two_tokens(*probabilities):
@@ -85,30 +58,11 @@ def test_the_mixture_by_hand():
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
-logits = arrays.arrays(np.float32, (2, 1, 2, 6), elements=st.floats(-30, 30, width=32))
-
-
-@settings(max_examples=50, deadline=None)
-@given(logits, st.sampled_from([0.01, 0.1, 0.5, 0.9, 0.99]))
-def test_jsd_is_bounded(pair, alpha):
-    bound = -alpha * np.log(alpha) - (1 - alpha) * np.log(1 - alpha)
-    found = np.asarray(token_divergence(*map(jnp.asarray, pair), alpha=alpha))
-    assert np.all(found >= -1e-6) and np.all(found <= bound + 1e-6)
-
-
 def test_the_bound_is_reached_by_disjoint_distributions():
     student, teacher = jnp.array([[[50.0, -50.0]]]), jnp.array([[[-50.0, 50.0]]])
     for alpha in (0.1, 0.5, 0.9):
         bound = -alpha * np.log(alpha) - (1 - alpha) * np.log(1 - alpha)
         assert token_divergence(student, teacher, alpha=alpha).item() == pytest.approx(bound, rel=1e-5)
-
-
-def test_the_limits_of_jsd():
-    """D/alpha → KL(teacher ‖ student) as alpha → 0, D/(1−alpha) → KL(student ‖ teacher) as alpha → 1."""
-    small = 1e-3
-    forward, reverse = (token_divergence(STUDENT, TEACHER, alpha=alpha) for alpha in (0.0, 1.0))
-    np.testing.assert_allclose(token_divergence(STUDENT, TEACHER, alpha=small) / small, forward, rtol=0.02)
-    np.testing.assert_allclose(token_divergence(STUDENT, TEACHER, alpha=1 - small) / small, reverse, rtol=0.02)
 
 
 def test_swapping_the_roles_swaps_alpha():
@@ -305,31 +259,78 @@ def test_an_unknown_reduction(without_shape_hook):
 def test_nll_is_the_mean_cross_entropy_of_the_gold_tokens():
     """At temperature 1 whatever the sampling temperature, with a gradient of (p − onehot)/tokens."""
     options = Objective(loss="nll", temperature=TEMPERATURE)
-    coefficients = reduction_weights(MASK, normalize="batch")
+    plan = token_plan(MASK, settings=options)
 
     def loss(logits):
-        return objective(logits, None, IDS, MASK, coefficients, settings=options)
+        scores = score_tokens(logits, None, IDS, settings=options)
+        terms = objective(scores, HIDDEN, TeacherScores(), MASK, plan, settings=options)
+        assert tuple(terms) == options.terms == ("nll",)
+        return terms["nll"], scores
 
     (value, scores), gradient = jax.value_and_grad(loss, has_aux=True)(STUDENT)
     logp = np.asarray(jax.nn.log_softmax(STUDENT))
     chosen = np.take_along_axis(logp, np.asarray(IDS)[..., None], -1)[..., 0]
     assert float(value) == pytest.approx(-chosen[np.asarray(MASK)].mean(), abs=1e-6)
     np.testing.assert_allclose(scores.student_logp, chosen, atol=1e-6)
-    np.testing.assert_array_equal(scores.divergence, 0.0)
+    assert scores.divergence is None
     expected = (np.exp(logp) - np.eye(5)[np.asarray(IDS)]) / 6 * np.asarray(MASK)[..., None]
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_the_divergence_term_has_the_gradient_of_the_reduced_divergence():
+    """Through the three steps of the objective, at the temperature of the loss."""
+    options = Objective(alpha=0.5, temperature=TEMPERATURE)
+    plan = token_plan(MASK, settings=options)
+
+    def through_objective(logits):
+        scores = score_tokens(logits, TEACHER * TEMPERATURE, IDS, settings=options)
+        return objective(scores, HIDDEN, TeacherScores(), MASK, plan, settings=options)["divergence"]
+
+    def direct(logits):
+        return reduce_tokens(token_divergence(logits / TEMPERATURE, TEACHER, alpha=0.5), MASK)
+
+    found, expected = (jax.value_and_grad(loss)(STUDENT * TEMPERATURE) for loss in (through_objective, direct))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+    assert np.any(found[1][0]) and not np.any(found[1][1, 2:]), "masked tokens have no gradient"
 
 
 def test_scores_are_those_of_the_scaled_logits():
     """The sampler draws from logits / temperature, so the trainer's log-probs are read there too."""
     options = Objective(alpha=0.5, temperature=TEMPERATURE)
-    coefficients = reduction_weights(MASK, normalize="batch")
-    raw = STUDENT * TEMPERATURE, TEACHER * TEMPERATURE
-    _, scores = objective(*raw, IDS, MASK, coefficients, settings=options)
+    scores = score_tokens(STUDENT * TEMPERATURE, TEACHER * TEMPERATURE, IDS, settings=options)
     np.testing.assert_allclose(scores.student_logp, token_log_probs(STUDENT, IDS), atol=1e-6)
     np.testing.assert_allclose(scores.entropy, entropy(STUDENT), atol=1e-6)
+    np.testing.assert_allclose(scores.divergence, token_divergence(STUDENT, TEACHER, alpha=0.5), atol=1e-6)
+    assert all(score.dtype == jnp.float32 for score in scores)
 
-    def leak(logits):
-        return sum(x.sum() for x in objective(logits, raw[1], IDS, MASK, coefficients, settings=options)[1])
 
-    assert not np.any(jax.grad(leak)(raw[0])), "the scores are for the metrics and carry no gradient"
+def test_the_entropy_of_the_scores_carries_no_gradient():
+    options = Objective(temperature=TEMPERATURE)
+    assert not np.any(jax.grad(lambda x: score_tokens(x, None, IDS, settings=options).entropy.sum())(STUDENT))
+
+
+def test_the_entry_ceiling_reaches_the_scores():
+    options = Objective(temperature=TEMPERATURE, entry_ceiling=0.05)
+    found = score_tokens(STUDENT * TEMPERATURE, TEACHER * TEMPERATURE, IDS, settings=options).divergence
+    np.testing.assert_allclose(found, token_divergence(STUDENT, TEACHER, alpha=0.0, entry_ceiling=0.05), atol=1e-6)
+    assert np.all(found < token_divergence(STUDENT, TEACHER, alpha=0.0))
+
+
+def test_the_entry_ceiling_by_hand():
+    """Teacher (3/4, 1/4), student (1/2, 1/2): the entries 0.304 and −0.173, of which the first is cut to 0.2."""
+    student, teacher = two_tokens(0.5, 0.5), two_tokens(0.75, 0.25)
+
+    def divergence(x):
+        return token_divergence(x, teacher, alpha=0.0, entry_ceiling=0.2).sum()
+
+    found, gradient = jax.value_and_grad(divergence)(student)
+    assert float(found) == pytest.approx(0.2 + 0.25 * np.log(0.25 / 0.5), abs=1e-6)
+    # Only the second entry, −0.25·log p_S(2), still has a gradient: −0.25·(onehot − p_S).
+    np.testing.assert_allclose(gradient, [[[0.125, -0.125]]], atol=1e-6)
+
+
+@pytest.mark.parametrize("entry_ceiling", [0.0, -1.0, float("nan")])
+def test_an_entry_ceiling_that_is_not_positive(entry_ceiling):
+    with pytest.raises(ValueError, match="entry_ceiling is .*; expected a positive number of nats or None"):
+        token_divergence(STUDENT, TEACHER, alpha=0.5, entry_ceiling=entry_ceiling)

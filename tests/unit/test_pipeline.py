@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisd_jax.data.batching import pad_completions, pad_prompts, round_up
+from unisd_jax.data.batching import pad_completions, pad_contexts, pad_prompts, round_up
 from unisd_jax.data.chat import load_chat
-from unisd_jax.data.pipeline import Example, batches, tokenize
+from unisd_jax.data.pipeline import Example, ViewMessages, batches, tokenize
 from unisd_jax.data.tasks.base import Item
 from unisd_jax.errors import UserError
 from unisd_jax.teacher import student_messages, teacher_messages
@@ -98,16 +98,13 @@ def items(*lengths: int) -> list[Item]:
     return [Item(f"i{index}", "p" * length, "gold", "gold") for index, length in enumerate(lengths)]
 
 
-def tokenized(chat, items, **options):
-    return tokenize(
-        items,
-        chat,
-        student_messages=lambda item: student_messages(item.prompt),
-        teacher_messages=lambda item: teacher_messages(
-            item.prompt, item.completion, condition="gold", placement="turns"
-        ),
-        **options,
-    )
+def views_of(item: Item) -> ViewMessages:
+    teacher = teacher_messages(item.prompt, item.completion, condition="gold", placement="turns")
+    return ViewMessages(student_messages(item.prompt), teacher)
+
+
+def tokenized(chat, items, views=None, **options):
+    return tokenize(items, [views_of(item) for item in items] if views is None else views, chat, **options)
 
 
 def test_an_example_holds_the_prompts_of_its_views_and_the_gold_reply(chat):
@@ -119,6 +116,31 @@ def test_an_example_holds_the_prompts_of_its_views_and_the_gold_reply(chat):
     )
     assert example.gold == chat.reply_ids(student, "gold")
     assert example.item.id == "i0" and dropped == 0
+    assert example.contexts == () and example.negative is None
+
+
+def test_auxiliary_and_negative_prompts_are_tokenised_where_there_are_any(chat):
+    (item,) = items(5)
+    question = student_messages(item.prompt)
+    contexts = tuple([{"role": "user", "content": text}] for text in ("one", "two and more"))
+    wrong = teacher_messages(item.prompt, "wrong", condition="gold", placement="turns")
+    (example,), _ = tokenized(chat, [item], [ViewMessages(question, None, contexts, wrong)], max_prompt_length=500)
+    assert example.teacher is None
+    assert example.contexts == tuple(chat.prompt_ids(context) for context in contexts)
+    assert example.negative == chat.prompt_ids(wrong)
+
+
+def test_every_view_counts_for_the_length_and_is_named(chat):
+    (item,) = items(5)
+    question, long = student_messages(item.prompt), student_messages("p" * 60)
+    limit = len(chat.prompt_ids(long)) - 1
+    for name, views in (
+        ("auxiliary prompt 2", ViewMessages(question, question, (question, long))),
+        ("the negative prompt", ViewMessages(question, question, (), long)),
+    ):
+        with pytest.raises(UserError, match=rf"i0: {name} has \d+ tokens, data\.max_prompt_length is {limit}"):
+            tokenized(chat, [item], [views], max_prompt_length=limit, overlong="error")
+        assert tokenized(chat, [item], [views], max_prompt_length=limit + 1, overlong="error")[1] == 0
 
 
 def test_too_long_items_are_dropped_whole_and_counted(chat):
@@ -184,6 +206,23 @@ def test_completions_are_padded_on_the_right_to_the_length(rows, spare):
 def test_a_completion_that_does_not_fit_is_never_cut():
     with pytest.raises(ValueError, match="row 1 has 4 tokens, more than 3"):
         pad_completions([[1, 2], [1, 2, 3, 4]], pad_id=0, length=3)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda k: st.lists(
+            st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=k, max_size=k), min_size=1, max_size=4
+        )
+    ),
+    st.integers(1, 8),
+)
+def test_contexts_are_padded_on_the_left_to_one_width(rows, multiple):
+    padded, mask = pad_contexts(rows, pad_id=0, multiple=multiple)
+    longest = max(len(prompt) for row in rows for prompt in row)
+    assert padded.shape == mask.shape == (len(rows), len(rows[0]), round_up(max(longest, 1), multiple))
+    for row, row_ids, row_mask in zip(rows, padded, mask, strict=True):
+        assert [list(ids[kept]) for ids, kept in zip(row_ids, row_mask, strict=True)] == row
+        assert np.array_equal(np.sort(row_mask, axis=-1), row_mask), "the padding comes first"
 
 
 def test_round_up():

@@ -9,7 +9,7 @@ import optax
 import pytest
 import toys
 
-from unisd_jax.losses import Objective, log_probs, objective, reduction_weights
+from unisd_jax.losses import Objective, log_probs, reduction_weights, score_tokens, weighted_sum
 from unisd_jax.models import completion_hidden, merge
 from unisd_jax.step import StepSettings, init_state, train_step
 from unisd_jax.teacher import ema_update, start_ema
@@ -124,10 +124,8 @@ def test_one_step_by_its_definition():
             model.logits(weights, completion_hidden(model, weights, None, prompts, views.completions))
             for weights, prompts in ((student, views.student), (params, views.teacher))
         )
-        return objective(
-            student_logits, teacher_logits, views.completions.ids, views.completions.mask, coefficients,
-            settings=PLAIN.objective,
-        )  # fmt: skip
+        scores = score_tokens(student_logits, teacher_logits, views.completions.ids, settings=PLAIN.objective)
+        return weighted_sum(scores.divergence, views.completions.mask, coefficients), scores
 
     gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, scores), gradient = gradients(before.student)

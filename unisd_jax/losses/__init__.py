@@ -12,6 +12,8 @@ from unisd_jax.losses.agreement import view_values as view_values
 from unisd_jax.losses.contrastive import contrastive_hinge as contrastive_hinge
 from unisd_jax.losses.diagnostics import effective_share as effective_share
 from unisd_jax.losses.diagnostics import mechanism_metrics as mechanism_metrics
+from unisd_jax.losses.diagnostics import term_metrics as term_metrics
+from unisd_jax.losses.diagnostics import token_metrics as token_metrics
 from unisd_jax.losses.divergence import clip_divergence as clip_divergence
 from unisd_jax.losses.divergence import entropy as entropy
 from unisd_jax.losses.divergence import largest_divergence as largest_divergence

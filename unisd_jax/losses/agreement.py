@@ -124,7 +124,8 @@ def no_views(shape: tuple[int, ...]) -> Spread:
 def add_views(spread: Spread, values: Float[Array, "K *B"]) -> Spread:
     """`spread` with K more views: the pairwise update of mean and squares, exact whatever the order or grouping."""
     number = values.shape[0]
-    mean = jnp.mean(values, axis=0)
+    # Seen from the first view: views that are all the same have exactly their own value as mean.
+    mean = values[0] + jnp.mean(values - values[0], axis=0)
     squares = jnp.sum(jnp.square(values - mean), axis=0)
     total = spread.count + number
     step = mean - spread.mean
@@ -152,7 +153,8 @@ def spread_disagreement(
 ) -> Float[Array, "*B"]:
     """Disagreement D of the views in `spread`.
 
-    "var" divides by K − 1 at the token level and by K at the sequence level. With one view D is 0, as at masked-out tokens.
+    "var" divides by K − 1 at the token level and by K at the sequence level. With one view D is 0; so it is at
+    masked-out tokens.
 
     Raises:
       ValueError: an unknown statistic.

@@ -37,4 +37,6 @@ def contrastive_hinge(
 def _distance(student_logps: Float[Array, "B T"], teacher_logps: Float[Array, "B T"]) -> Float[Array, "B T"]:
     # A token that a view rules out has log-prob −inf, and the difference of two of them would be NaN.
     student, teacher = (jnp.maximum(logps.astype(jnp.float32), LOG_ZERO) for logps in (student_logps, teacher_logps))
-    return jnp.abs(student - jax.lax.stop_gradient(teacher))
+    difference = student - jax.lax.stop_gradient(teacher)
+    # At 0 the gradient of jnp.abs is 1.
+    return jnp.where(difference == 0, 0.0, jnp.abs(difference))

@@ -93,7 +93,8 @@ def clip_divergence(
 ) -> Float[Array, "B T"]:
     """min(divergence, κ) per token, in nats.
 
-    κ is `ceiling`, or the `quantile` of the masked tokens; with neither nothing is clipped. The gradient is 1 up to and including κ and 0 above it. Source: UniSD Eq. 8; the quantile is the release's.
+    κ is `ceiling`, or the `quantile` of the masked tokens; with neither nothing is clipped. The gradient is 1 up to and
+    including κ and 0 above it. Source: UniSD Eq. 8; the quantile is the release's.
 
     Raises:
       ValueError: both are given, a ceiling that is not positive, or a quantile outside (0, 1].

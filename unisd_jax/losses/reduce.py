@@ -54,8 +54,8 @@ def weighted_sum(
     return jnp.sum(jnp.where(mask, values, 0.0) * jax.lax.stop_gradient(coefficients))
 
 
-def masked_mean(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over the tokens where `mask` holds; 0 if there are none."""
+def masked_mean(values: Float[Array, "B T"] | Bool[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over the tokens where `mask` holds, or the share of True among them; 0 if there are none."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 

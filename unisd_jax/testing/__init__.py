@@ -1,12 +1,17 @@
-"""Small stand-ins for trying a recipe in seconds: a tiny chat checkpoint with a byte tokenizer."""
+"""Small stand-ins for trying a recipe in seconds: a tiny chat model, a byte tokenizer, a sampler with a script."""
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from unisd_jax.models import Model, ModelConfig, save_hf
+from unisd_jax.testing.sampler import FakeSampler as FakeSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TURN_START, TURN_END, PADDING = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -31,8 +36,12 @@ def tiny_model(seed: int = 0, **changes) -> tuple[Model, dict]:
     return model, model.init(seed)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per byte and three special ones, with a ChatML template; needs no files."""
+    # transformers announces at import that torch is missing, which is as it should be here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
