@@ -34,15 +34,16 @@ def collect_views(
     config, chat, step = experiment.config, experiment.chat, int(state.step)
     pad = functools.partial(pad_prompts, pad_id=chat.pad_id, multiple=config.data.length_multiple)
     student = Prompts(*pad([example.student for example in examples]))
-    params = student_params(experiment, state) if _samples_from_student(experiment, step) else None
-    completions, logps, metrics = _completions(experiment, params, student, examples, step)
+    own, labelless = _samples_from_student(experiment, step), config.teacher.condition == "self"
+    params = student_params(experiment, state) if own or labelless else None
+    completions, logps, metrics = _completions(experiment, params if own else None, student, examples, step)
     if config.objective.loss == "nll":
         return Views(student, None, completions, logps), metrics
     prompts = [example.teacher for example in examples]
-    if config.teacher.condition == "self":
-        own = own_answers(experiment, student_params(experiment, state), examples, step)
-        prompts, completions = own.prompts, completions._replace(mask=completions.mask & own.accepted[:, None])
-        metrics |= {"self_agreement": float(np.mean(own.shares)), "self_accepted": float(np.mean(own.accepted))}
+    if labelless:
+        answers = own_answers(experiment, params, examples, step)
+        prompts, completions = answers.prompts, completions._replace(mask=completions.mask & answers.accepted[:, None])
+        metrics |= {"self_agreement": float(np.mean(answers.shares)), "self_accepted": float(np.mean(answers.accepted))}
     contexts = negative = None
     if examples[0].contexts:
         rows = [example.contexts for example in examples]

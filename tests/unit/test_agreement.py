@@ -1,10 +1,10 @@
 """Agreement of the auxiliary views: spread, weights, and views that come one after the other."""
 
+import math
 import warnings
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -47,14 +47,6 @@ DISAGREEMENT = {
     ("sequence", "var"): [1.0, 0.0625, 0.0],
     ("sequence", "range"): [2.0, 0.5, 0.0],
 }
-
-
-@pytest.fixture
-def without_shape_hook():
-    """What a user sees: in production nothing checks the annotations before the function's own checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def agreement(level, views=VIEWS, mask=MASK, gamma=1.0, **options):
@@ -152,13 +144,15 @@ def test_no_view_at_all(level):
 
 def test_arguments_out_of_range():
     zeros = jnp.zeros((3, 3))
-    with pytest.raises(ValueError, match="gamma is -1.0; expected 0 or more"):
+    with pytest.raises(ValueError, match="gamma is -1.0; expected a finite number, 0 or more"):
         token_agreement(VIEWS, MASK, gamma=-1.0)
-    with pytest.raises(ValueError, match="gamma is -1.0; expected 0 or more"):
+    with pytest.raises(ValueError, match="gamma is -1.0; expected a finite number, 0 or more"):
         sequence_agreement(VIEWS, MASK, gamma=-1.0)
-    with pytest.raises(ValueError, match="gamma is -0.1; expected 0 or more"):
+    with pytest.raises(ValueError, match="gamma is inf; expected a finite number"):
+        agreement("token", gamma=math.inf)
+    with pytest.raises(ValueError, match="gamma is -0.1; expected a finite number, 0 or more"):
         sequence_weights(zeros[0], gamma=-0.1)
-    with pytest.raises(ValueError, match="cap is -2.0; expected 0 or more"):
+    with pytest.raises(ValueError, match="cap is -2.0; expected a finite number, 0 or more"):
         token_weights(zeros, MASK, gamma=1.0, cap=-2.0)
     for quantile in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"quantile is .*; expected a number in \[0, 1\]"):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,14 +23,6 @@ POSITIVE = jnp.array([[-1.0, -5.0, -3.0]])
 NEGATIVE = jnp.array([[-5.0, -1.0, -3.0]])
 HINGE = [[0.0, 2.5, 0.5]]
 ALL = jnp.ones((1, 3), bool)
-
-
-@pytest.fixture
-def without_shape_hook():
-    """What a user sees: in production nothing checks the annotations before the function's own checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def hinge_gradient(student, positive, negative, margin):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,14 +139,6 @@ def test_low_precision_logits_are_computed_in_float32():
     found = token_divergence(*half, alpha=0.5)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, token_divergence(*(x.astype(jnp.float32) for x in half), alpha=0.5))
-
-
-@pytest.fixture
-def without_shape_hook():
-    """What a user sees: in production nothing checks the annotations before the function's own checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0001, float("nan"), float("inf")])

@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -31,14 +30,6 @@ MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
 NOTHING = jnp.zeros((2, 3), bool)
 # The tokens of the mask hold 1, 2, 3, 4, 5.
 VALUES = jnp.array([[3.0, 1.0, 5.0], [2.0, 4.0, jnp.nan]])
-
-
-@pytest.fixture
-def without_shape_hook():
-    """What a user sees: in production nothing checks the annotations before the function's own checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Clip.

@@ -4,6 +4,7 @@ A view's log-probs are constants: weights carry no gradient. Views may come all 
 `Spread` takes them as they come and needs the memory of a few [B, T] arrays, whatever the number of views.
 """
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -181,5 +182,5 @@ def _spread_of_all(context_logps, mask, level: Level) -> Spread:
 
 def _require_nonnegative(**arguments: float) -> None:
     for name, value in arguments.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; expected 0 or more")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")

@@ -28,7 +28,7 @@ def contrastive_hinge(
     Raises:
       ValueError: a negative margin.
     """
-    if margin < 0:
+    if not margin >= 0:
         raise ValueError(f"margin is {margin}; expected 0 or more")
     hinge = margin + _distance(student_logps, positive_logps) - _distance(student_logps, negative_logps)
     return jnp.where(hinge > 0, hinge, 0.0)
