@@ -50,6 +50,7 @@ class ContextOptions:
     method: Literal["random", "retrieval", "induction"] = "random"
     demonstrations: int = 1
     encoder: Literal["bm25", "minilm"] = "bm25"
+    encoder_path: str = "all-MiniLM-L6-v2"
     induction_demonstrations: int = 3
     induction_instructions: int = 100
     induction_temperature: float = 0.7

@@ -113,7 +113,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "a non-empty string",
         lambda x: x.strip() != "",
-        ("model.path", "output_dir", "teacher.cache_dir", "logging.wandb_project"),
+        ("model.path", "output_dir", "teacher.cache_dir", "teacher.contexts.encoder_path", "logging.wandb_project"),
     ),
     (
         "a plain folder name",

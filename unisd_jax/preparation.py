@@ -202,8 +202,9 @@ def _donors(config: Config, items: Sequence[Item], method: str, *, views: int, p
 
 
 def _ranking(config: Config, questions: Sequence[str]) -> Ranking:
-    encoders = {"bm25": bm25_ranking, "minilm": minilm_ranking}
-    return encoders[config.teacher.contexts.encoder](questions)
+    if config.teacher.contexts.encoder == "minilm":
+        return minilm_ranking(questions, config.teacher.contexts.encoder_path)
+    return bm25_ranking(questions)
 
 
 def _examples(items: Sequence[Item], indices: Sequence[int]) -> list[tuple[str, str]]:

@@ -33,20 +33,34 @@ def test_the_command_says_what_it_does_and_nothing_on_stderr(finished):
     assert re.search(r"exact match on 6 test items: .* -> .*, gain .* points \(95% interval .* to .*\)", outcome.out)
 
 
+# What a step of an EMA run measures.
+MEASURED = {
+    "step", "loss", "divergence", "entropy", "completion_length", "truncated_share", "eos_rate", "gradient_norm",
+    "learning_rate", "loss_divergence", "loss_share_divergence", "gradient_share_divergence", "teacher_distance",
+    "teacher_motion", "ema_truncation", "sampler_gap", "sampler_gap_max", "tokens_per_second", "seconds_rollout",
+    "seconds_update", "seconds_step", "peak_memory_gib", "policy_version", "prompts_dropped", "items_without_negative",
+}  # fmt: skip
+
+
 def test_metrics_are_the_documented_ones_and_finite(finished, pytestconfig):
     text = (pytestconfig.rootpath / "docs" / "metrics.md").read_text().split("## result.json")[0]
-    documented = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`([\w…]+)`", row)}
+    families = tuple(name.removesuffix("…") for name in documented if name.endswith("…"))  # `loss_share_…`
     assert len(documented) > 10
+    assert {name for name in MEASURED if not name.startswith(families)} <= documented | {"step"}
     lines = read_metrics(finished[0])
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert set(line) == documented | {"step"}
+        assert set(line) == MEASURED
         assert all(math.isfinite(value) for value in line.values())
 
 
 def test_metrics_hang_together(finished):
     for line in read_metrics(finished[0]):
-        assert line["loss"] == line["divergence"] > 0  # normalize=batch
+        assert line["loss"] == line["loss_divergence"] > 0
+        assert line["loss"] == pytest.approx(line["divergence"], rel=1e-5)  # normalize=batch
+        assert line["loss_share_divergence"] == line["gradient_share_divergence"] == 1
         assert 0 < line["entropy"] <= math.log(264) + 1e-4
         assert 1 <= line["completion_length"] <= 8
         assert line["eos_rate"] + line["truncated_share"] == 1
@@ -210,7 +224,7 @@ def test_print_config_is_a_configuration(tmp_path, main):
 # --- Modes and options ---
 
 PLAIN = ("--mode=plain", "--teacher.ema=false")
-SFT = ("--mode=sft", "--teacher.ema=false", "--objective.loss=nll")
+SFT = ("--mode=sft", "--teacher.ema=false", "--objective.loss=nll", "--rollout.source=gold")
 ALPHAS = ("objective.alpha=0", "objective.alpha=0.5", "objective.alpha=1")
 INLINE = "teacher.placement=inline"
 

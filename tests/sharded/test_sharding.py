@@ -10,7 +10,7 @@ import toys
 from jax.sharding import PartitionSpec
 
 from unisd_jax.errors import ConfigError, UserError
-from unisd_jax.losses import Objective
+from unisd_jax.losses import Agreement, Objective
 from unisd_jax.models import load_hf, save_hf
 from unisd_jax.models.layout import leaf_spec, path_name, place, tree_shardings
 from unisd_jax.optim import adamw
@@ -18,11 +18,16 @@ from unisd_jax.parallel.mesh import AXES, build_mesh
 from unisd_jax.parallel.sharding import batch_sharding, jit_step, replicated
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state, train_step
+from unisd_jax.types import Contexts
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4), (4, 1, 2)]
 # A large epsilon: Adam's first steps otherwise turn rounding of tiny gradients into whole steps.
 OPTIMIZER = adamw(lambda step: 0.05, b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.01, max_grad_norm=1.0)
 SETTINGS = StepSettings(Objective(alpha=0.5, temperature=0.8), ema_decay=0.9)
+STAR = StepSettings(
+    Objective(temperature=0.8, clip_quantile=0.83, agreement=Agreement(), contrast_weight=0.1, matching_weight=0.1),
+    ema_decay=0.9,
+)
 
 
 @functools.cache
@@ -35,14 +40,21 @@ def student(kind):
     return params if kind == "full" else toys.random_lora(params, targets=("q", "down"))
 
 
-def two_steps(kind, mesh):
+def all_views():
+    """A batch with auxiliary and negative views."""
+    views, rng = toys.random_views(), np.random.default_rng(7)
+    contexts = Contexts(*(x.reshape(8, 2, -1) for x in toys.left_padded(rng, 16, 7)))
+    return views._replace(contexts=contexts, negative=toys.left_padded(rng, 8, 8))
+
+
+def two_steps(kind, mesh, settings=SETTINGS):
     """(states after each step, metrics of the second) from a state and a batch laid out over `mesh`."""
     model, params = toy()
     base = place(params, mesh)
     # Copies: the step takes over the memory of its state.
-    state = place(init_state(jax.tree.map(jnp.copy, student(kind)), OPTIMIZER, SETTINGS), mesh)
-    views = jax.device_put(toys.random_views(), batch_sharding(mesh))
-    step = functools.partial(train_step, model=model, optimizer=OPTIMIZER, settings=SETTINGS)
+    state = place(init_state(jax.tree.map(jnp.copy, student(kind)), OPTIMIZER, settings), mesh)
+    views = jax.device_put(toys.random_views() if settings is SETTINGS else all_views(), batch_sharding(mesh))
+    step = functools.partial(train_step, model=model, optimizer=OPTIMIZER, settings=settings)
     # Ahead-of-time programs refuse inputs in another layout: the second call proves that the state kept its own.
     compiled = jit_step(step, state, mesh).lower(state, base, views).compile()
     before = state
@@ -53,9 +65,9 @@ def two_steps(kind, mesh):
 
 
 @functools.cache
-def reference(kind):
+def reference(kind, settings=SETTINGS):
     """What one device computes."""
-    state, metrics = two_steps(kind, build_mesh())
+    state, metrics = two_steps(kind, build_mesh(), settings)
     return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -77,6 +89,21 @@ def test_any_mesh_computes_what_one_device_computes(kind, shape):
     wanted = tree_shardings(state, mesh)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_any_mesh_computes_all_five_mechanisms_alike(shape):
+    """EMA, token agreement, contrast, matching and a quantile clip, whose weights and ceiling need the whole batch."""
+    expected, expected_metrics = reference("lora", STAR)
+    state, metrics = two_steps("lora", build_mesh(*shape), STAR)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
+    found = jax.device_get(state)
+    toys.assert_trees_close((found.student, found.optimizer), (expected.student, expected.optimizer), atol=5e-5)
+    toys.assert_trees_close(toys.products(found.teacher), toys.products(expected.teacher), atol=5e-5)
+    for name in ("clip_share", "contrast_active_share", "agreement_weight", "gradient_share_matching"):
+        assert 0 < float(metrics[name]) < 1, name
 
 
 def shard_shapes(tree):

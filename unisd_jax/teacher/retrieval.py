@@ -56,8 +56,8 @@ def minilm_ranking(texts: Sequence[str], model: str = "all-MiniLM-L6-v2") -> Ran
         encoder = SentenceTransformer(model)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"sentence encoder {model!r} cannot be loaded ({error}); expected a model of the hub or a folder, "
-            "or set teacher.contexts.encoder=bm25"
+            f"sentence encoder {model!r} cannot be loaded ({error}); set teacher.contexts.encoder_path to a "
+            "model of the hub or a folder, or teacher.contexts.encoder=bm25"
         ) from None
     vectors = encoder.encode(list(texts), batch_size=256, normalize_embeddings=True, show_progress_bar=False)
     return cosine_ranking(np.asarray(vectors, np.float32))

@@ -1,4 +1,4 @@
-"""The user's own data: one JSON object a line with `prompt`, `completion` and optionally `id` and `answer`.
+"""The user's own data: one JSON object a line with `prompt`, `completion` and optionally `id`, `answer`, `negative`.
 
 The other tasks read their files with what is here too; a name that ends in `.gz` is read as gzip.
 """
@@ -139,9 +139,15 @@ def load(split: str, path: Path | None) -> list[Item]:
       ConfigError: no file was given.
       UserError: see `read_records`.
     """
-    records = read_records(_required("jsonl", split, path), ("prompt", "completion"), ("answer",))
+    records = read_records(_required("jsonl", split, path), ("prompt", "completion"), ("answer", "negative"))
     return [
-        Item(fields["id"], fields["prompt"], fields["completion"], fields.get("answer", fields["completion"]))
+        Item(
+            fields["id"],
+            fields["prompt"],
+            fields["completion"],
+            fields.get("answer", fields["completion"]),
+            fields.get("negative"),
+        )
         for _, fields in records
     ]
 

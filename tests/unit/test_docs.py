@@ -1,0 +1,73 @@
+"""What the documentation names exists: tests, files, options, modes, metrics."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from unisd_jax.config_loading import walk_options
+from unisd_jax.config_modes import MODES
+from unisd_jax.config_options import Config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/mechanisms.md", "docs/differences.md", "docs/metrics.md", "docs/performance.md")
+SECTIONS = {name.split(".")[0] for name, _, _ in walk_options(Config) if "." in name}
+OPTIONS = {name for name, _, _ in walk_options(Config)}
+
+
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def in_backticks(name: str) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page(name), flags=re.DOTALL)))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_exist(name):
+    """`section.option`, `section.option=value` and `section.part` with dots name options or sections of them."""
+    for text in in_backticks(name):
+        option = re.match(r"(?:--)?((?:%s)(?:\.[a-z_0-9]+)+)" % "|".join(SECTIONS), text)
+        if option is None or "/" in text or option.group(1) in ("train.run", "train.py"):
+            continue  # a path, a function, a file
+        found = option.group(1)
+        assert found in OPTIONS or any(known.startswith(f"{found}.") for known in OPTIONS), f"{name}: {text}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_exist(name):
+    for text in in_backticks(name):
+        path = text.split("::")[0]
+        if re.fullmatch(r"(unisd_jax|configs|scripts|tests|docs|kernels|notebooks|\.ci)/[\w./-]+", path):
+            assert (REPOSITORY / path).exists(), f"{name}: {text}"
+
+
+def test_every_difference_has_a_test_that_exists():
+    rows = [line for line in page("docs/differences.md").splitlines() if line.startswith("| D-")]
+    assert [int(row[4:6]) for row in rows] == list(range(1, 27))
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", row.split("|")[-2])
+        assert named, row
+        for path, test in named:
+            source = (REPOSITORY / path).read_text(encoding="utf-8")
+            functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+            assert not test or test in functions, f"{path} has no {test}"
+
+
+def test_every_mode_is_documented_and_has_a_file():
+    text = page("docs/mechanisms.md")
+    for mode in set(MODES) - {"custom"}:
+        assert (REPOSITORY / "configs" / "modes" / f"{mode}.yaml").exists()
+        level, _, method = mode.rpartition("_")
+        assert f"`{mode}`" in text or (level.startswith("agreement") and f"`_{method}`" in text), mode
+
+
+def test_every_option_is_explained():
+    """One comment a line: the base configuration is the reference of the options."""
+    explained = {
+        match.group(1)
+        for line in page("configs/base.yaml").split("\nvariants:")[0].splitlines()
+        if (match := re.match(r"\s*(?:# )?(\w+):.*#", line))
+    }
+    assert {name.rpartition(".")[2] for name in OPTIONS} <= explained
