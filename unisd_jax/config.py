@@ -15,6 +15,7 @@ import draccus
 import yaml
 
 from unisd_jax.config_loading import (
+    Variants,
     conform,
     deep_merge,
     flatten,
@@ -29,8 +30,11 @@ from unisd_jax.config_options import Config as Config
 from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
+# Options merged over a file where `parity` or `preset` has that value; a later one wins.
+_VARIANTS = ("parity.upstream", "preset.command", "preset.launcher")
+
 # Where a run is kept and what is said about it; these may change when a run is resumed.
-_NOT_HASHED = ("name", "output_dir", "preset", "logging.", "checkpoint.", "teacher.cache_dir")
+_NOT_DEFINING = ("name", "output_dir", "preset", "logging", "checkpoint", "teacher.cache_dir")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -45,13 +49,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       ConfigError: unreadable file, unknown option, wrong type, value out of range, switches that contradict
         the mode.
     """
-    tree = _read(Path(path), overrides, {})
-    chosen = {f"{key}.{tree[key]}": False for key in ("parity", "preset") if tree.get(key, "none") != "none"}
+    tree = _read(Path(path), overrides, Variants(_VARIANTS))
     conform(Config, tree, Config)  # an unknown name is an error of its own, before it is looked for
+    chosen = [name for name in _VARIANTS if tree.get(name.partition(".")[0]) == name.partition(".")[2]]
     if chosen:
-        tree = _read(Path(path), overrides, chosen)
-    for name, found in chosen.items():
-        if not found:
+        variants = Variants(_VARIANTS, chosen)
+        tree = _read(Path(path), overrides, variants)
+        for name in set(chosen) - variants.found:
             raise ConfigError(f"{path}: neither it nor a file it inherits has variants: {name}; inherit base.yaml")
     config = draccus.decode(Config, conform(Config, tree, Config))
     validate(config)
@@ -63,7 +67,7 @@ def warnings(config: Config) -> list[str]:
     return likely_mistakes(flatten(to_dict(config)))
 
 
-def _read(path: Path, overrides: Sequence[str], variants: dict[str, bool]) -> dict[str, Any]:
+def _read(path: Path, overrides: Sequence[str], variants: Variants) -> dict[str, Any]:
     tree = read_tree(path, variants)
     for text in overrides:
         tree = deep_merge(tree, parse_override(text, Config))
@@ -87,13 +91,18 @@ def config_hash(config: Config) -> str:
     The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `preset`, `logging.*`,
     `checkpoint.*` and `teacher.cache_dir`.
     """
-    defining = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(_NOT_HASHED)}
+    defining = {key: value for key, value in flatten(to_dict(config)).items() if _defines(key)}
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def defining_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """`difference` without the options that change no number."""
-    return [line for line in difference(a, b) if not line.startswith(_NOT_HASHED)]
+    return [line for line in difference(a, b) if _defines(line.partition(":")[0])]
+
+
+def _defines(key: str) -> bool:
+    """Whether the option, by its dotted name, changes the numbers of a run."""
+    return not any(key == name or key.startswith(f"{name}.") for name in _NOT_DEFINING)
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

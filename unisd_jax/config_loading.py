@@ -80,13 +80,23 @@ def parse_yaml(source: str | bytes, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_tree(path: Path, variants: dict[str, bool], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+class Variants:
+    """Which variants a configuration file may define, which are `chosen`, and which of those were `found`."""
+
+    def __init__(self, known: Sequence[str], chosen: Sequence[str] = ()):
+        self.known, self.chosen = tuple(known), tuple(chosen)
+        self.found: set[str] = set()
+
+
+def read_tree(
+    path: Path, variants: Variants, chain: tuple[Path, ...] = (), done: set[Path] | None = None
+) -> dict[str, Any]:
     """The mapping in a YAML file, merged over the files that its `inherit` key names.
 
     `inherit` is one path or a list of paths, relative to the file; later ones win, and the file itself wins
-    over all of them. `variants` names those that are chosen and is set to True for each one found: a file's chosen
-    variants are merged over it, before what inherits it. Both keys are absent from the result. `chain` holds the files
-    that led here.
+    over all of them. A file that is inherited on several ways counts once, where it is met first: a second time it
+    would undo what was set since. A file's chosen `variants` are merged over it, before what inherits it. Both keys are
+    absent from the result. `chain` holds the files that led here, `done` those that were merged already.
 
     Raises:
       ConfigError: unreadable file, not a mapping, malformed `inherit` or `variants`, a cycle (the chain is named).
@@ -100,6 +110,10 @@ def read_tree(path: Path, variants: dict[str, bool], chain: tuple[Path, ...] = (
         raise ConfigError(f"cannot read configuration file {named}{inherited}: {reason}") from None
     if path.resolve() in (previous.resolve() for previous in chain):
         raise ConfigError(f"configuration files inherit in a circle: {' -> '.join(map(str, (*chain, path)))}")
+    done = set() if done is None else done
+    if path.resolve() in done:
+        return {}
+    done.add(path.resolve())
     tree = parse_yaml(source, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -108,17 +122,22 @@ def read_tree(path: Path, variants: dict[str, bool], chain: tuple[Path, ...] = (
     own = tree.pop("variants", {})
     if not isinstance(own, dict) or not all(isinstance(variant, dict) for variant in own.values()):
         raise ConfigError(f"{path}: variants: expected a mapping from names to options, found {show(own)}")
+    for name in own:
+        if name not in variants.known:
+            hint = suggestion(str(name), variants.known)
+            raise ConfigError(f"{path}: variants: expected {', '.join(variants.known)}, found {show(name)}{hint}")
     parents = tree.pop("inherit", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: inherit: expected a path or a list of paths, found {show(parents)}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = deep_merge(merged, read_tree(path.parent / parent, variants, (*chain, path)))
+        merged = deep_merge(merged, read_tree(path.parent / parent, variants, (*chain, path), done))
     merged = deep_merge(merged, tree)
-    for name in variants:
+    for name in variants.chosen:
         if name in own:
-            merged, variants[name] = deep_merge(merged, own[name]), True
+            merged = deep_merge(merged, own[name])
+            variants.found.add(name)
     return merged
 
 

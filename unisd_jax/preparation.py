@@ -123,7 +123,7 @@ def induced_instructions(config: Config, items: Sequence[Item], chat: Chat, load
     options = config.teacher.contexts
     per_set, number = options.induction_demonstrations, options.induction_instructions
     groups = example_groups(len(items), per_set=per_set, instructions=number, seed=config.seed)
-    key = _cache_key(config, items) | {
+    key = _cache_key(config, items, chat) | {
         "views": options.num_auxiliary_contexts,
         "demonstrations": per_set,
         "instructions": number,
@@ -164,7 +164,7 @@ def _made_negatives(config: Config, task: Task, items, chat: Chat, load_sampler:
     options = config.teacher.negatives
     problems = [Problem(item.id, item.prompt, item.completion, item.answer, _letters(item, task)) for item in items]
     by_model = options.source == "model"
-    key = _cache_key(config, items, with_model=by_model)
+    key = _cache_key(config, items, chat if by_model else None)
     key |= {"task": task.name, "source": options.source, "per_item": options.per_item}
     if by_model:
         key |= {name: getattr(options, name) for name in ("attempts", "temperature", "max_length")}
@@ -211,14 +211,19 @@ def _examples(items: Sequence[Item], indices: Sequence[int]) -> list[tuple[str, 
     return [(items[index].prompt, items[index].completion) for index in indices]
 
 
-def _cache_key(config: Config, items: Sequence[Item], *, with_model: bool = True) -> dict[str, Any]:
+def _cache_key(config: Config, items: Sequence[Item], chat: Chat | None) -> dict[str, Any]:
+    """What every cache depends on: the items, the seed and, where the model writes (`chat` given), the model."""
     key = {
         "format": CACHE_FORMAT,
         "data": text_hash([item.id, item.prompt, item.completion, item.answer] for item in items),
         "seed": config.seed,
     }
-    if with_model:
-        key |= {"model": weights_hash(config.model.path, config.teacher.cache_dir), "dtype": config.model.dtype}
+    if chat is not None:
+        key |= {
+            "model": weights_hash(config.model.path, config.teacher.cache_dir),
+            "dtype": config.model.dtype,
+            "chat": chat.identity(),
+        }
     return key
 
 

@@ -97,13 +97,9 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
     student = optax.apply_updates(state.student, updates)
     step = state.step + 1
-    moved, truncation = _move_teacher(state.teacher, student, step, settings)
+    moved, motion = _move_teacher(state.teacher, student, step, settings)
     if moved is not None:
-        metrics |= {
-            "teacher_distance": weight_distance(moved, student),
-            "teacher_motion": weight_distance(state.teacher, moved),
-            "ema_truncation": truncation,
-        }
+        metrics |= motion | {"teacher_distance": weight_distance(moved, student)}
     return TrainState(step, student, moved, optimizer_state), metrics
 
 
@@ -125,7 +121,10 @@ def loss_and_gradients(
             # The token that is the quantile must keep its gradient when its divergence is rounded differently below.
             plan = plan._replace(ceiling=plan.ceiling * (1 + 1e-6))
 
-    total, scores, used = _accumulate(student, teacher, base, views, mask, taught, plan, settings, step)
+    keys = _dropout_keys(student, mask.shape[0], settings, step)
+    # The other views have been turned into numbers already: not to be split with the rest.
+    rows = _Part(views._replace(contexts=None, negative=None, teacher=None), mask, taught, plan, keys)
+    total, scores, used = _accumulate(student, teacher, base, rows, settings)
     loss = sum(total.terms.values())
     metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(total.gradients)}
     metrics |= term_metrics(total.terms, total.squares, loss)
@@ -210,37 +209,27 @@ def _plan(mask, taught: TeacherScores, scores: TokenScores | None, views: Views,
     )
 
 
-def _accumulate(student, teacher: Network, base, views: Views, mask, taught, plan, settings: StepSettings, step):
+def _dropout_keys(student: Any, rows: int, settings: StepSettings, step: Any):
+    """A key per row of the batch, or None without dropout."""
+    if settings.dropout == 0 or not isinstance(student, Lora):
+        return None
+    key = purpose_key(settings.seed, step, "dropout")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def _accumulate(student, teacher: Network, base, rows: _Part, settings: StepSettings):
     """(Totals, token scores, token plan) of the batch, part by part."""
-    keys = None
-    if settings.dropout > 0 and isinstance(student, Lora):
-        key = purpose_key(settings.seed, step, "dropout")
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(mask.shape[0]))
-    # Already turned into a disagreement: not to be split with the rest.
-    rows = views._replace(contexts=None, negative=None, teacher=None)
-    ceiling = None if plan is None else plan.ceiling
-    whole = _Part(rows, mask, taught, None if plan is None else plan._replace(ceiling=None), keys)
+    if settings.micro_batches == 1:
+        return _part_gradients(student, teacher, base, rows, settings)
 
     def add(totals, part):
-        if part.plan is not None:
-            part = part._replace(plan=part.plan._replace(ceiling=ceiling))
         found, scores, used = _part_gradients(student, teacher, base, part, settings)
         return jax.tree.map(jnp.add, totals, found), (scores, used)
 
-    names = settings.objective.terms
-    zeros = {name: jnp.float32(0.0) for name in names}
+    zeros = {name: jnp.float32(0.0) for name in settings.objective.terms}
     start = Totals(jax.tree.map(jnp.zeros_like, student), zeros, zeros)
-    if settings.micro_batches == 1:
-        total, (scores, used) = add(start, whole)
-        return total, scores, used
-    parts = jax.tree.map(lambda x: split_rows(x, settings.micro_batches), whole)
-    total, (scores, _) = jax.lax.scan(lambda totals, part: _without_plan(add(totals, part)), start, parts)
-    return total, jax.tree.map(join_rows, scores), plan
-
-
-def _without_plan(result):
-    totals, (scores, _) = result
-    return totals, (scores, None)
+    total, found = jax.lax.scan(add, start, jax.tree.map(lambda x: split_rows(x, settings.micro_batches), rows))
+    return total, *jax.tree.map(join_rows, found)
 
 
 def _part_gradients(student, teacher: Network, base, part: _Part, settings: StepSettings):
@@ -279,11 +268,16 @@ def _token_scores(hidden, head, teacher: Network, taught: TeacherScores, ids, op
     return score_tokens(head_logits(hidden, head), teacher_logits, ids, settings=options)
 
 
-def _move_teacher(teacher: Any, student: Any, step, settings: StepSettings) -> tuple[Any, Float[Array, ""]]:
-    if teacher is None or (isinstance(teacher, Lora) and not settings.ema_adapters):
-        return teacher, jnp.float32(0.0)
-    return jax.lax.cond(
-        step % settings.ema_sync_steps == 0,
-        lambda: ema_update_measured(teacher, student, decay=settings.ema_decay),
-        lambda: (teacher, jnp.float32(0.0)),
-    )
+def _move_teacher(teacher: Any, student: Any, step, settings: StepSettings) -> tuple[Any, dict[str, Array]]:
+    """The teacher after the step, and how far it moved: exactly 0 where it was not touched."""
+    if teacher is None:
+        return None, {}
+    still = {"teacher_motion": jnp.float32(0.0), "ema_truncation": jnp.float32(0.0)}
+    if settings.ema_decay == 1 or (isinstance(teacher, Lora) and not settings.ema_adapters):
+        return teacher, still
+
+    def move():
+        moved, truncation = ema_update_measured(teacher, student, decay=settings.ema_decay)
+        return moved, {"teacher_motion": weight_distance(teacher, moved), "ema_truncation": truncation}
+
+    return jax.lax.cond(step % settings.ema_sync_steps == 0, move, lambda: (teacher, still))

@@ -18,7 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).parent / "data" / "llama_loss"
 CASES = json.loads((DATA / "llama.json").read_text())["cases"]
 # One of every mechanism, for the costlier combinations of micro-batches and devices.
-FEW = ("unisd_star_jsd_clip", "clip_quantile", "entropy_mask", "importance_sampling", "agreement_seq_range", "match_repr")
+FEW = (
+    "unisd_star_jsd_clip",
+    "clip_quantile",
+    "entropy_mask",
+    "importance_sampling",
+    "agreement_seq_range",
+    "match_repr",
+)
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import check_parity  # noqa: E402

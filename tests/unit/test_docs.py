@@ -28,7 +28,7 @@ def in_backticks(name: str) -> set[str]:
 def test_options_exist(name):
     """`section.option`, `section.option=value` and `section.part` with dots name options or sections of them."""
     for text in in_backticks(name):
-        option = re.match(r"(?:--)?((?:%s)(?:\.[a-z_0-9]+)+)" % "|".join(SECTIONS), text)
+        option = re.match(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)", text)
         if option is None or "/" in text or option.group(1) in ("train.run", "train.py"):
             continue  # a path, a function, a file
         found = option.group(1)

@@ -1,5 +1,6 @@
 """Text to token ids, once: the tokenizer's chat template, the turn's end, the stop ids."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,11 @@ class Chat:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+
+    def identity(self) -> str:
+        """A hash of everything that decides how text becomes ids and where a reply ends."""
+        parts = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, list(self.stop_ids)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages followed by the header of the assistant's turn."""

@@ -62,7 +62,10 @@ def mechanism_metrics(
             "agreement_disagreement": _mean_disagreement(teacher.disagreement, mask),
         }
     if plan.ceiling is not None and scores.divergence is not None:
-        metrics |= {"clip_share": masked_mean(scores.divergence > plan.ceiling, mask), "clip_ceiling": plan.ceiling}
+        metrics |= {
+            "clip_share": masked_mean(scores.divergence > plan.ceiling, mask),
+            "clip_ceiling": plan.ceiling[0, 0],
+        }
     if settings.contrast_weight > 0:
         near = jnp.abs(scores.student_logp - teacher.logp)
         far = jnp.abs(scores.student_logp - teacher.negative_logp)

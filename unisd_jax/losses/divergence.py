@@ -108,7 +108,9 @@ def clip_divergence(
     return clip_at(divergence, ceiling)
 
 
-def clip_at(divergence: Float[Array, "*B"], ceiling: float | Float[Array, ""] | None) -> Float[Array, "*B"]:
+def clip_at(
+    divergence: Float[Array, "*B"], ceiling: float | Float[Array, ""] | Float[Array, "*B"] | None
+) -> Float[Array, "*B"]:
     """min(divergence, ceiling) with gradient 1 up to and including the ceiling and 0 above; None: unchanged."""
     # jnp.minimum would halve the gradient at a tie, which a quantile that is one of the samples does produce.
     return divergence if ceiling is None else jnp.where(divergence <= ceiling, divergence, ceiling)

@@ -87,12 +87,12 @@ class TokenPlan(NamedTuple):
     """How much each token counts, computed from the whole batch; constants for the gradient.
 
     `main` are the coefficients of the divergence (or nll), `auxiliary` those of contrast and matching; `ceiling` is the
-    clip's κ, None without clip; `weights` are the agreement weights as they entered.
+    clip's κ, the same number at every token, None without clip; `weights` are the agreement weights as they entered.
     """
 
     main: Float[Array, "B T"]
     auxiliary: Float[Array, "B T"]
-    ceiling: Float[Array, ""] | None
+    ceiling: Float[Array, "B T"] | None
     weights: Float[Array, "B T"] | None
 
 
@@ -156,9 +156,11 @@ def token_plan(
         )
     if chosen is not None:
         main *= chosen
-    ceiling = None if settings.clip_ceiling is None else jnp.float32(settings.clip_ceiling)
+    ceiling = settings.clip_ceiling
     if settings.clip_quantile is not None:
         ceiling = quantile_ceiling(scores.divergence, mask, settings.clip_quantile)
+    if ceiling is not None:
+        ceiling = jnp.full(mask.shape, ceiling, jnp.float32)
     auxiliary = reduction_weights(mask, normalize=settings.normalize)
     return jax.lax.stop_gradient(TokenPlan(main, auxiliary, ceiling, weights))
 

@@ -37,6 +37,8 @@ class Network(NamedTuple):
 class Budget:
     """How much of the auxiliary scoring is done: a `share` of the examples or tokens, those where `signal` is largest.
 
+    Examples are rounded up to whole micro-batches.
+
     `signal` "entropy" is the student's, and what is not scored counts as agreed (weight 1); "spread" is the
     disagreement of the first two views, which are scored everywhere and stand for the others where those are not.
     """
@@ -127,10 +129,8 @@ def passes_saved(scoring: ContextScoring, *, batch: int, tokens: int, views: int
         return {}
     left = (views - (2 if budget.signal == "spread" else 0)) / views
     if budget.unit == "token":
-        return {
-            "agreement_passes_saved": 0.0,
-            "agreement_head_saved": left * (1 - _kept_tokens(scoring, batch * tokens)),
-        }
+        head = left * (1 - _share_of(budget, batch * tokens) / (batch * tokens))
+        return {"agreement_passes_saved": 0.0, "agreement_head_saved": head}
     saved = left * (1 - _kept_rows(scoring, batch) / batch)
     return {"agreement_passes_saved": saved, "agreement_head_saved": saved}
 
@@ -168,7 +168,7 @@ def _example_budget(teacher, contexts, completions, mask, spread, signal, settin
 
 def _token_budget(teacher, contexts, completions, mask, spread, signal, settings: Objective, scoring):
     """(disagreement, places) of the tokens with the largest signal: every body pass is run, the head on these alone."""
-    kept = max(1, math.ceil(scoring.budget.share * mask.size))
+    kept = _share_of(scoring.budget, mask.size)
     _, places = jax.lax.top_k(jnp.where(mask, signal, -jnp.inf).reshape(-1), kept)
     spread = jax.tree.map(lambda x: x.reshape(-1)[places] if x.ndim else x, spread)
     chosen = mask.reshape(-1)[places]
@@ -198,9 +198,9 @@ def _first_views(contexts: Contexts, number: int) -> tuple[Contexts | None, Cont
 
 def _kept_rows(scoring: ContextScoring, batch: int) -> int:
     """The examples a budget scores: its share, rounded up to whole parts of the batch."""
-    parts = scoring.micro_batches
-    return max(1, math.ceil(scoring.budget.share * batch / parts)) * parts
+    return -(-_share_of(scoring.budget, batch) // scoring.micro_batches) * scoring.micro_batches
 
 
-def _kept_tokens(scoring: ContextScoring, tokens: int) -> float:
-    return max(1, math.ceil(scoring.budget.share * tokens)) / tokens
+def _share_of(budget: Budget, number: int) -> int:
+    """The budget's share of `number` things, rounded up; at least one."""
+    return max(1, math.ceil(budget.share * number - 1e-6))
