@@ -113,6 +113,15 @@ def test_stop_ids_may_come_from_the_generation_config_alone(directory):
     assert load_chat(directory).stop_ids == (5,)
 
 
+def test_the_tokenizers_own_stop_id_alone_as_in_the_release(directory):
+    write_eos = directory / "generation_config.json"
+    write_eos.write_text('{"eos_token_id": [7, 9]}')
+    every, own = load_chat(directory), load_chat(directory, stop="tokenizer")
+    assert set(own.stop_ids) == {own.tokenizer.eos_token_id}
+    assert set(every.stop_ids) >= {7, 9, own.tokenizer.eos_token_id}
+    assert every.identity() != own.identity() and own.identity() == load_chat(directory, stop="tokenizer").identity()
+
+
 def test_no_stop_id_at_all_is_refused(directory):
     edit_json(directory / "tokenizer_config.json", eos_token=None)
     with pytest.raises(UserError, match="names an EOS token"):

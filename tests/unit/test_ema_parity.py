@@ -66,6 +66,14 @@ def test_without_adapters_in_the_average_it_never_moves(compiled_as_in_a_run):
     assert distances[1] > distances[0] > 0.01
 
 
+def test_a_decay_of_one_keeps_the_teacher_as_it_is(compiled_as_in_a_run):
+    settings = StepSettings(Objective(), ema_decay=1.0)
+    before = start(settings)
+    after, metrics = step(settings, before)
+    assert float(metrics["teacher_motion"]) == 0.0
+    toys.assert_trees_close(after.teacher, jax.device_get(before.teacher))
+
+
 def test_between_two_updates_the_teacher_does_not_move(compiled_as_in_a_run):
     settings, moved = StepSettings(Objective(), ema_decay=DECAY, ema_sync_steps=2), []
     state = start(settings)

@@ -250,6 +250,13 @@ def test_a_file_may_have_variants_of_its_own(write):
     assert (load_config(heir).seed, load_config(heir).train.steps) == (3, 7)
 
 
+def test_a_file_that_is_inherited_twice_counts_once(write):
+    """Or its second reading would silently undo what the first heir set."""
+    write("extra.yaml", "inherit: BASE\ntrain: {steps: 3}\n")
+    config = load_config(write("own.yaml", "inherit: [MODES/ema.yaml, extra.yaml]\nmodel: {path: a}\n"))
+    assert (config.mode, config.teacher.ema, config.train.steps) == ("ema", True, 3)
+
+
 def test_the_command_line_wins_over_all(write):
     path = write("own.yaml", "inherit: MODES/unisd_star.yaml\npreset: launcher\nmodel: {path: a}\nseed: 1\n")
     config = load_config(path, ["--seed=5", f"--{GAMMA}=7", "--train.batch_size=4", "--preset=command"])
@@ -283,6 +290,7 @@ def test_a_chosen_variant_that_no_file_has_is_an_error(write, choice):
         ("variants: 3\n", "variants: expected a mapping from names to options, found 3"),
         ("variants: [a]\n", "variants: expected a mapping"),
         ("variants: {preset.command: 3}\n", "variants: expected a mapping"),
+        ("variants: {preset.comand: {seed: 1}}\n", 'found "preset.comand"; did you mean "preset.command"?'),
         ("inherit: BASE\npreset: command\nvariants: {preset.command: {trian: {steps: 1}}}\n", 'unknown option "trian"'),
         (
             "inherit: BASE\npreset: command\nvariants: {preset.command: {train: {steps: x}}}\n",
