@@ -179,13 +179,11 @@ def _made_negatives(config: Config, task: Task, items, chat: Chat, load_sampler:
                 generate=_generate(config, chat, load_sampler, "negatives", options.temperature, options.max_length),
                 is_wrong=is_wrong, keep=cache.records, record=lambda records: advance(cache, records),
             )  # fmt: skip
-        if not cache.complete:
-            made = rule_negatives(
-                problems, family=task.family, per_item=options.per_item, seed=config.seed, is_wrong=is_wrong,
-                rank=bm25_ranking([item.prompt for item in items]),
-            )  # fmt: skip
-            advance(cache, {item.id: replies for item, replies in zip(items, made, strict=True)})
-        return [cache.records[item.id] for item in items]
+        return rule_negatives(
+            problems, family=task.family, per_item=options.per_item, seed=config.seed, is_wrong=is_wrong,
+            rank=bm25_ranking([item.prompt for item in items]), keep=cache.records,
+            record=lambda records: advance(cache, records),
+        )  # fmt: skip
 
 
 def _letters(item: Item, task: Task) -> tuple[str, ...]:

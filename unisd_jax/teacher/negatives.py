@@ -5,9 +5,12 @@ gets an empty or a right reply, as items of the release do (its defects D-15 and
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 from unisd_jax.errors import UserError
 from unisd_jax.teacher.corruption import CHOICES, Family, corruptions
@@ -19,6 +22,7 @@ from unisd_jax.teacher.retrieval import Ranking
 IsWrong = Callable[[int, str], bool]
 
 CALL_SIZE = 8  # items whose wrong replies are asked for together
+RULE_CALL_SIZE = 32  # items whose wrong replies are made by rule before they are recorded
 PEERS = 32
 TRIES_PER_REPLY = 6
 LABEL = re.compile(r"(?m)^[ \t]*([A-Z][A-Za-z_ ]{0,24}):")
@@ -32,6 +36,8 @@ def rule_negatives(
     seed: int,
     is_wrong: IsWrong,
     rank: Ranking | None = None,
+    keep: Mapping[str, list[str]] = MappingProxyType({}),
+    record: Callable[[dict[str, list[str]]], None] = lambda made: None,
 ) -> list[list[str]]:
     """Up to `per_item` different wrong replies of each item, made by rule.
 
@@ -40,24 +46,44 @@ def rule_negatives(
       family: how replies of this task look.
       per_item: how many to make of each.
       seed: of the run; an item's changes depend on it and on the item's id.
-      is_wrong: whether the task grades a reply to item number i as wrong; for code this runs the tests.
+      is_wrong: whether the task grades a reply to item number i as wrong; for code this runs the tests, so it is called
+        from several threads.
       rank: whose answers are borrowed first, see `retrieval`: those of the nearest questions are harder to tell from
         the right one. Without it they are drawn from all items.
+      keep: replies of an earlier run by item id, as `record` was given them.
+      record: is given the replies of some items when they are made.
     """
-    made = []
-    for number, problem in enumerate(problems):
-        rng = random.Random(f"{seed}/negatives/{problem.id}")
-        nearest = rank(number, PEERS) if rank else rng.sample(range(len(problems)), min(PEERS, len(problems)))
+
+    def make(number: int, nearest: Sequence[int], rng: random.Random) -> list[str]:
+        problem, accepted = problems[number], []
         peers = _peers(problems, number, family, nearest)
         candidates = corruptions(problem.completion, problem.answer, family=family, peers=peers, rng=rng)
-        accepted: list[str] = []
         for text in candidates[: TRIES_PER_REPLY * per_item]:
-            if len(accepted) == per_item:
-                break
-            if is_wrong(number, text):
+            if len(accepted) < per_item and is_wrong(number, text):
                 accepted.append(text)
-        made.append(accepted)
-    return made
+        return accepted
+
+    replies = dict(keep)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(problems), RULE_CALL_SIZE):
+            items = range(start, min(start + RULE_CALL_SIZE, len(problems)))
+            items = [item for item in items if problems[item].id not in replies]
+            rngs = [random.Random(f"{seed}/negatives/{problems[item].id}") for item in items]
+            # A ranking may keep what it computed last: asked from one thread.
+            nearest = [
+                rank(item, PEERS) if rank else _any(len(problems), rng) for item, rng in zip(items, rngs, strict=True)
+            ]
+            made = {
+                problems[item].id: found
+                for item, found in zip(items, pool.map(make, items, nearest, rngs), strict=True)
+            }
+            record(made)
+            replies |= made
+    return [list(replies[problem.id]) for problem in problems]
+
+
+def _any(number: int, rng: random.Random) -> list[int]:
+    return rng.sample(range(number), min(PEERS, number))
 
 
 def model_negatives(
