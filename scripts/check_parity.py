@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LOSS_TARGET, GRADIENT_TARGET = 1e-5, 1e-4
+TINY = 1e-12  # below it an error is taken as it is
 MODES_WITH_MATCHING = ("match_joint", "match_repr", "unisd_star")
 
 
@@ -67,8 +68,8 @@ def objective_of(config: dict):
     )
 
 
-def batch_views(arrays: dict, contexts: int):
-    """The views of the stored batch; auxiliary prompts are left-padded to their common length."""
+def batch_views(arrays: dict, options, contexts: int):
+    """The views of the stored batch that `options` ask for; auxiliary prompts are left-padded to a common length."""
     import numpy as np
 
     from unisd_jax.types import Completions, Contexts, Prompts, Views
@@ -76,23 +77,27 @@ def batch_views(arrays: dict, contexts: int):
     def prompts(ids: str, mask: str):
         return arrays[f"batch/{ids}"].astype(np.int32), arrays[f"batch/{mask}"].astype(bool)
 
-    auxiliary = [
-        prompts(f"fewshot_teacher_prompt_ids_{k}", f"fewshot_teacher_prompt_mask_{k}") for k in range(contexts)
-    ]
-    longest = max(ids.shape[1] for ids, _ in auxiliary)
-    padded = [[np.pad(array, ((0, 0), (longest - array.shape[1], 0))) for array in pair] for pair in auxiliary]
-    return Views(
-        Prompts(*prompts("prompt_ids", "prompt_mask")),
-        Prompts(*prompts("teacher_prompt_ids", "teacher_prompt_mask")),
-        Completions(*prompts("completion_ids", "completion_mask")),
-        None,
-        Contexts(*(np.stack([pair[index] for pair in padded], axis=1) for index in range(2))),
-        Prompts(*prompts("bad_teacher_prompt_ids", "bad_teacher_prompt_mask")),
-    )
+    auxiliary = negative = None
+    if options.agreement is not None:
+        pairs = [
+            prompts(f"fewshot_teacher_prompt_ids_{k}", f"fewshot_teacher_prompt_mask_{k}") for k in range(contexts)
+        ]
+        longest = max(ids.shape[1] for ids, _ in pairs)
+        padded = [[np.pad(array, ((0, 0), (longest - array.shape[1], 0))) for array in pair] for pair in pairs]
+        auxiliary = Contexts(*(np.stack([pair[index] for pair in padded], axis=1) for index in range(2)))
+    if options.contrast_weight > 0:
+        negative = Prompts(*prompts("bad_teacher_prompt_ids", "bad_teacher_prompt_mask"))
+    completions = Completions(*prompts("completion_ids", "completion_mask"))
+    student, teacher = (Prompts(*prompts(f"{kind}_ids", f"{kind}_mask")) for kind in ("prompt", "teacher_prompt"))
+    return Views(student, teacher, completions, None, auxiliary, negative)
 
 
 def run_case(folder: Path, family: str, case: str, *, micro_batches: int = 1, mesh=None) -> CaseResult:
-    """One case of `folder/family.json`."""
+    """One case of `folder/family.json`.
+
+    Raises:
+      UserError: there is no such case, the batch lacks what it needs, or `micro_batches` does not divide the batch.
+    """
     import jax
     import numpy as np
 
@@ -103,12 +108,17 @@ def run_case(folder: Path, family: str, case: str, *, micro_batches: int = 1, me
     from unisd_jax.teacher.scoring import Network
 
     description, arrays, model, student, teacher = read_family(folder, family)
+    if case not in description["cases"]:
+        raise UserError(f"--cases: {folder}/{family}.json has no {case!r}; it has {', '.join(description['cases'])}")
     expected = description["cases"][case]
-    options = objective_of(expected["config"])
+    try:
+        options = objective_of(expected["config"])
+        views = batch_views(arrays, options, expected["config"]["num_contexts"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: {family}/{case} lacks what it needs ({error!r})") from None
     settings = StepSettings(options, micro_batches)
-    views = batch_views(arrays, expected["config"]["num_contexts"])
     rows = len(views.student.ids)
-    if rows % micro_batches:
+    if micro_batches < 1 or rows % micro_batches:
         raise UserError(
             f"--micro-batches is {micro_batches}; expected a divisor of the {rows} rows of {folder}/{family}.npz"
         )
@@ -134,14 +144,15 @@ def run_case(folder: Path, family: str, case: str, *, micro_batches: int = 1, me
     prefix = f"grad/{case}/"
     stored = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
     errors = {
-        name: float(np.linalg.norm(tensors[name] - value) / np.linalg.norm(value)) for name, value in stored.items()
+        name: float(np.linalg.norm(tensors[name] - value) / max(np.linalg.norm(value), TINY))
+        for name, value in stored.items()
     }
     loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
     return CaseResult(
         loss,
         expected["loss"],
-        abs(loss - expected["loss"]) / abs(expected["loss"]),
-        abs(norm - expected["grad_norm"]) / expected["grad_norm"],
+        abs(loss - expected["loss"]) / max(abs(expected["loss"]), TINY),
+        abs(norm - expected["grad_norm"]) / max(expected["grad_norm"], TINY),
         errors,
     )
 

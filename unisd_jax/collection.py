@@ -108,14 +108,23 @@ def _completions(experiment: Experiment, params, student: Prompts, examples: Seq
     metrics = {} if config.rollout.on_policy_share == 1 else {"on_policy": float(params is not None)}
     if params is None and config.rollout.source != "base":
         gold, length = [example.gold for example in examples], config.rollout.max_completion_length
-        return Completions(*pad_completions(gold, pad_id=chat.pad_id, length=length)), None, metrics
+        completions = Completions(*pad_completions(gold, pad_id=chat.pad_id, length=length))
+        return completions, None, metrics | _lengths(completions.mask, np.ones(len(gold), bool))
     own = params is not None
     experiment.sampler.publish(params if own else experiment.base, step)
     key = purpose_key(config.seed, step, "rollout")
     rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
     ids, mask, stopped = (np.asarray(array) for array in (rollout.ids, rollout.mask, rollout.stopped))
+    metrics |= _lengths(mask, stopped)
     if config.rollout.mask_truncated_completions:
         mask = mask & stopped[:, None]
     if config.rollout.min_completion_length > 0:
         mask = mask & (mask.sum(axis=1) >= config.rollout.min_completion_length)[:, None]
     return Completions(ids, mask), np.asarray(rollout.logps) if own else None, metrics
+
+
+def _lengths(mask: np.ndarray, stopped: np.ndarray) -> dict[str, float]:
+    """Of the completions as they are, before any is left out of the loss."""
+    eos_rate = float(np.mean(stopped))
+    length = float(np.mean(mask.sum(axis=1)))
+    return {"completion_length": length, "eos_rate": eos_rate, "truncated_share": 1.0 - eos_rate}

@@ -103,7 +103,7 @@ class BudgetOptions:
     share: float = 1.0
     unit: Literal["example", "token"] = "example"
     signal: Literal["entropy", "spread"] = "entropy"
-    audit_steps: int = 0
+    audit_steps: int = 50
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,7 +201,7 @@ def _check_views(values: Mapping[str, Any]) -> None:
         return
     if views == 0:
         raise ConfigError(
-            "teacher.contexts.num_auxiliary_contexts is 0: agreement needs at least 2 auxiliary views; "
+            "teacher.contexts.num_auxiliary_contexts is 0: agreement compares auxiliary views, at least 2 of them; "
             "set it, or objective.agreement.level=none"
         )
     if views % per_pass:
@@ -240,6 +240,20 @@ def _check_losses(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"objective.loss is {show(loss)}, which has no use for {mechanism} ({SWITCHES[mechanism]})"
             )
+    if loss == "nll" and source == "student":
+        raise ConfigError(
+            "objective.loss=nll raises the likelihood of given completions: it needs rollout.source=gold or base, "
+            'found "student"'
+        )
+    if loss == "nll" and values["teacher.condition"] == "self":
+        raise ConfigError("objective.loss=nll has no teacher that teacher.condition=self could be shown to")
+    for name, neutral in (("alpha", 0), ("top_entropy_quantile", 1), ("importance.level", "none")):
+        unread = loss == "none" or (loss == "nll" and name == "alpha")
+        if unread and values[f"objective.{name}"] != neutral:
+            raise ConfigError(
+                f"objective.{name} acts on the divergence, but objective.loss is {show(loss)}; "
+                f"set it to {show(neutral)}"
+            )
     if loss == "nll" and (on["contrast"] or on["matching"]):
         raise ConfigError("objective.loss=nll has no teacher: switch contrast and matching off")
     if loss == "none" and not (on["contrast"] or on["matching"]):
@@ -251,9 +265,9 @@ def _check_losses(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"rollout.on_policy_share is {share}, but rollout.source is {show(source)}; expected student")
     if values["objective.importance.level"] != "none" and (source != "student" or share < 1):
         raise ConfigError("objective.importance compares student and sampler: it needs rollout.source=student always")
-    if loss != "nll" and values["teacher.condition"] == "none" and not on["ema"]:
+    if loss != "nll" and values["teacher.condition"] == "none" and not on["contrast"]:
         raise ConfigError(
-            'teacher.condition is "none" and teacher.ema is false: '
+            'teacher.condition is "none" and there is no contrast: '
             "the teacher would equal the student at the start, and nothing would be learned"
         )
 
@@ -276,6 +290,11 @@ def likely_mistakes(values: Mapping[str, Any]) -> list[str]:
     if values["objective.agreement.level"] == "sequence" and values["objective.normalize"] == "upstream":
         found.append(
             "objective.normalize=upstream divides each completion by its own weights: sequence-level agreement cancels"
+        )
+    if on["ema"] and values["teacher.ema_sync_steps"] > values["train.steps"]:
+        found.append(
+            f"teacher.ema_sync_steps is {values['teacher.ema_sync_steps']}, more than train.steps "
+            f"({values['train.steps']}): the teacher never moves"
         )
     if on["ema"] and values["teacher.ema_decay"] == 1:
         found.append("teacher.ema_decay is 1: the teacher never moves")

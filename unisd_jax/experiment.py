@@ -59,10 +59,13 @@ class Experiment:
     settings: StepSettings
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, *, read_only: bool = False) -> Experiment:
     """Loads the data first, then the tokenizer, then the weights: what is cheap to get wrong fails first.
 
+    What the teacher's views need and no cache has is made on the way, unless `read_only`.
+
     Raises:
+      NotPrepared: `read_only`, and something is still to be made.
       UserError: data, checkpoint or mesh cannot be used; the message names the option.
     """
     task = get_task(config.data.task)
@@ -72,7 +75,9 @@ def build(config: Config) -> Experiment:
     _check_lengths(config, read_config(config.model.path))
     chat = load_chat(config.model.path, stop=config.rollout.stop)
     load = functools.cache(lambda: load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh))
-    train_items, views = training_views(config, task, items["train"], chat, lambda: _base_sampler(*load()))
+    train_items, views = training_views(
+        config, task, items["train"], chat, lambda: _base_sampler(*load()), read_only=read_only
+    )
     train, dropped = _tokenize(config, chat, train_items, views)
     # A test item that does not fit would change what is measured: never dropped.
     questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]

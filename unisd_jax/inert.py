@@ -29,8 +29,9 @@ _RULES = {
     ),
     "agreement": _Rule(
         "agreement_above_99",
-        lambda m: m["agreement_above_99"] == 1.0,
-        "every weight is above 0.99; raise objective.agreement.gamma_agreement, or the views hardly differ",
+        lambda m: m["agreement_above_99"] == 1.0 or m.get("agreement_effective_share", 0.0) > 0.9999,
+        "all weights are above 0.99, or all the same; raise objective.agreement.gamma_agreement, "
+        "or the views hardly differ",
     ),
     "clip": _Rule(
         "clip_share",
@@ -48,6 +49,16 @@ _RULES = {
         lambda m: m["gradient_share_matching"] < SMALL_SHARE,
         "its gradient is too small beside the other terms'; raise objective.matching.final_layer_distill_weight",
     ),
+    "importance": _Rule(
+        "importance_weight",
+        lambda m: abs(m["importance_weight"] - 1.0) < 1e-6,
+        "student and sampler agree on every token; objective.importance.level can be none",
+    ),
+    "entry_ceiling": _Rule(
+        "entry_capped_share",
+        lambda m: m["entry_capped_share"] == 0.0,
+        "no vocabulary entry reached the ceiling; lower objective.entry_ceiling",
+    ),
     "teacher.condition=self": _Rule(
         "self_accepted",
         lambda m: m["self_accepted"] == 0.0,
@@ -59,11 +70,13 @@ _RULES = {
 class InertMechanisms:
     """Counts, for each mechanism, the steps in a row in which it did nothing.
 
-    A teacher that moves every so many steps is idle between two of its updates, so choose `after` above that.
+    Args:
+      after: so many of them are worth a warning.
+      ema_sync_steps: between two updates of the teacher, when it is idle on purpose.
     """
 
-    def __init__(self, after: int):
-        self._after = after
+    def __init__(self, after: int, *, ema_sync_steps: int = 1):
+        self._after = dict.fromkeys(_RULES, after) | {"ema": max(after, ema_sync_steps + 1)}
         self._idle = dict.fromkeys(_RULES, 0)
 
     def see(self, metrics: Mapping[str, float]) -> list[str]:
@@ -74,7 +87,7 @@ class InertMechanisms:
                 continue
             said = self._idle[name] < 0
             self._idle[name] = self._idle[name] + 1 if said or rule.idle(metrics) else 0
-            if self._idle[name] == self._after:
-                found.append(f"{name} did nothing for {self._after} steps: {rule.cause}")
+            if self._idle[name] == self._after[name]:
+                found.append(f"{name} did nothing for {self._after[name]} steps: {rule.cause}")
                 self._idle[name] = -(2**62)
         return found

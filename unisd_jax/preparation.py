@@ -22,7 +22,7 @@ from unisd_jax.errors import UserError
 from unisd_jax.eval.runner import replies
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
-from unisd_jax.teacher.cache import RecordCache, open_cache, stale, text_hash
+from unisd_jax.teacher.cache import RecordCache, is_complete, open_cache, stale, text_hash
 from unisd_jax.teacher.contexts import assign_instructions, nearest_donors, random_donors
 from unisd_jax.teacher.induction import Generate, example_groups, induce
 from unisd_jax.teacher.negatives import Problem, model_negatives, require_coverage, rule_negatives
@@ -36,21 +36,27 @@ PROMPT_MULTIPLE = 64  # tokens; prompts of caches are long and few
 LoadSampler = Callable[[], JaxSampler]
 
 
+class NotPrepared(UserError):
+    """A view needs what is still to be made, and nothing may be written."""
+
+
 def training_views(
-    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler
+    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
 ) -> tuple[list[Item], list[ViewMessages]]:
     """The training items that have every view the configuration asks for, with the conversations of those views.
 
     Raises:
+      NotPrepared: something is still to be made, and `read_only` forbids it.
       UserError: a view cannot be made, or too few items have it.
     """
     if config.objective.loss == "nll":
         return list(items), [ViewMessages(student_messages(item.prompt)) for item in items]
+    # In this order: what is cheap to get wrong comes before what takes long.
+    teachers = primary_messages(config, items)
+    contexts = context_messages(config, items, chat, load_sampler, read_only=read_only)
     negatives: Sequence[str | None] = [None] * len(items)
     if config.objective.contrast.contrastive_weight > 0:
-        negatives = item_negatives(config, task, items, chat, load_sampler)
-    teachers = primary_messages(config, items)
-    contexts = context_messages(config, items, chat, load_sampler)
+        negatives = item_negatives(config, task, items, chat, load_sampler, read_only=read_only)
     placement = config.teacher.placement
     kept, views = [], []
     for item, teacher, context, wrong in zip(items, teachers, contexts, negatives, strict=True):
@@ -97,7 +103,7 @@ def primary_messages(config: Config, items: Sequence[Item]) -> list[Messages | N
 
 
 def context_messages(
-    config: Config, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler
+    config: Config, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
 ) -> list[list[Messages]]:
     """The K auxiliary conversations of every item."""
     options, placement = config.teacher.contexts, config.teacher.placement
@@ -105,7 +111,7 @@ def context_messages(
     if views == 0:
         return [[] for _ in items]
     if options.method == "induction":
-        instructions = induced_instructions(config, items, chat, load_sampler)
+        instructions = induced_instructions(config, items, chat, load_sampler, read_only=read_only)
         assigned = assign_instructions(len(items), instructions, views=views, seed=config.seed)
         return [
             [induction_messages(item.prompt, instruction) for instruction in chosen]
@@ -118,7 +124,9 @@ def context_messages(
     ]
 
 
-def induced_instructions(config: Config, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler) -> list[str]:
+def induced_instructions(
+    config: Config, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
+) -> list[str]:
     """What the initial model induces from groups of training items; read from the cache where that has it."""
     options = config.teacher.contexts
     per_set, number = options.induction_demonstrations, options.induction_instructions
@@ -130,7 +138,7 @@ def induced_instructions(config: Config, items: Sequence[Item], chat: Chat, load
         "temperature": options.induction_temperature,
         "max_length": options.induction_max_length,
     }
-    with _cache(config, "induction", key, total=len(groups)) as (cache, advance):
+    with _cache(config, "induction", key, total=len(groups), read_only=read_only) as (cache, advance):
         sampling = (options.induction_temperature, options.induction_max_length)
         found = induce(
             [item.prompt for item in items], [item.completion for item in items], per_set=per_set, instructions=number,
@@ -141,7 +149,7 @@ def induced_instructions(config: Config, items: Sequence[Item], chat: Chat, load
 
 
 def item_negatives(
-    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler
+    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
 ) -> list[str | None]:
     """One wrong reply of every item, drawn by the seed from those that the task grades as wrong; None where none is.
 
@@ -150,9 +158,9 @@ def item_negatives(
     """
     options = config.teacher.negatives
     if options.source == "data":
-        found = [[] if item.negative is None else [item.negative] for item in items]
+        found = [[item.negative] if item.negative and _is_wrong(task, item, item.negative) else [] for item in items]
     else:
-        found = _made_negatives(config, task, items, chat, load_sampler)
+        found = _made_negatives(config, task, items, chat, load_sampler, read_only)
     require_coverage(found, options.min_coverage)
     return [
         random.Random(f"{config.seed}/negative/{item.id}").choice(replies) if replies else None
@@ -160,7 +168,9 @@ def item_negatives(
     ]
 
 
-def _made_negatives(config: Config, task: Task, items, chat: Chat, load_sampler: LoadSampler) -> list[list[str]]:
+def _made_negatives(
+    config: Config, task: Task, items, chat: Chat, load_sampler: LoadSampler, read_only: bool
+) -> list[list[str]]:
     options = config.teacher.negatives
     problems = [Problem(item.id, item.prompt, item.completion, item.answer, _letters(item, task)) for item in items]
     by_model = options.source == "model"
@@ -170,9 +180,9 @@ def _made_negatives(config: Config, task: Task, items, chat: Chat, load_sampler:
         key |= {name: getattr(options, name) for name in ("attempts", "temperature", "max_length")}
 
     def is_wrong(index: int, text: str) -> bool:
-        return task.grade(text, items[index])["exact"] < 1
+        return _is_wrong(task, items[index], text)
 
-    with _cache(config, "negatives", key, total=len(items)) as (cache, advance):
+    with _cache(config, "negatives", key, total=len(items), read_only=read_only) as (cache, advance):
         if by_model:
             return model_negatives(
                 problems, family=task.family, per_item=options.per_item, attempts=options.attempts,
@@ -184,6 +194,10 @@ def _made_negatives(config: Config, task: Task, items, chat: Chat, load_sampler:
             rank=bm25_ranking([item.prompt for item in items]), keep=cache.records,
             record=lambda records: advance(cache, records),
         )  # fmt: skip
+
+
+def _is_wrong(task: Task, item: Item, text: str) -> bool:
+    return task.grade(text, item)["exact"] < 1
 
 
 def _letters(item: Item, task: Task) -> tuple[str, ...]:
@@ -226,9 +240,13 @@ def _cache_key(config: Config, items: Sequence[Item], chat: Chat | None) -> dict
 
 
 @contextmanager
-def _cache(config: Config, kind: str, key: dict[str, Any], *, total: int) -> Iterator[tuple[RecordCache, Any]]:
+def _cache(
+    config: Config, kind: str, key: dict[str, Any], *, total: int, read_only: bool
+) -> Iterator[tuple[RecordCache, Any]]:
     """The cache of `key` and a function that adds records to it and moves a progress bar; sealed at the end."""
     root = Path(config.teacher.cache_dir)
+    if read_only and not is_complete(root, kind, key):
+        raise NotPrepared(f"{kind} for {config.data.task} are still to be made ({total} records in {root})")
     with open_cache(root, kind, key, total) as cache:
         if cache.complete:
             yield cache, lambda cache, records: None

@@ -4,7 +4,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 # The order is part of every run's numbers: new purposes go to the end.
-PURPOSES = ("adapter_init", "rollout", "evaluation", "dropout", "own_answers", "mixture", "induction", "negatives")
+PURPOSES = ("adapter_init", "rollout", "evaluation", "dropout", "own_answers", "reserved", "induction", "negatives")
 
 
 def purpose_key(seed: int, step: int, purpose: str) -> PRNGKeyArray:

@@ -16,6 +16,7 @@ from unisd_jax.losses import (
     agreement_weights,
     loss_mask,
     masked_mean,
+    matching_term,
     mechanism_metrics,
     needs_scores_first,
     objective,
@@ -191,22 +192,31 @@ def _with_disagreement(taught: TeacherScores, teacher: Network, views: Views, ma
         return taught, {}
     scoring = ContextScoring(settings.views_per_pass, settings.micro_batches, settings.budget)
     entropy = None if first is None else first.entropy
-    found = context_disagreement(teacher, views, mask, settings=options, scoring=scoring, student_entropy=entropy)
+    found, scored = context_disagreement(
+        teacher, views, mask, settings=options, scoring=scoring, student_entropy=entropy
+    )
     batch, number, _ = views.contexts.ids.shape
-    saved = passes_saved(scoring, batch=batch, tokens=mask.shape[1], views=number)
+    extra = int(_scores_student_first(settings, views) > _scores_student_first(_without_budget(settings), views))
+    saved = passes_saved(scoring, batch=batch, tokens=mask.shape[1], views=number, extra_passes=extra)
     metrics = {name: jnp.float32(value) for name, value in saved.items()}
     if settings.audit:
         scoring = dataclasses.replace(scoring, budget=None)
-        full = context_disagreement(teacher, views, mask, settings=options, scoring=scoring)
-        error = [agreement_weights(values, mask, settings=options.agreement) for values in (found, full)]
-        metrics["agreement_weight_error"] = masked_mean(jnp.abs(error[0] - error[1]), mask)
-    return taught._replace(disagreement=found), metrics
+        full, _ = context_disagreement(teacher, views, mask, settings=options, scoring=scoring)
+        exact = agreement_weights(full, mask, settings=options.agreement)
+        used = agreement_weights(found, mask, settings=options.agreement, scored=scored)
+        metrics["agreement_weight_error"] = masked_mean(jnp.abs(used - exact), mask)
+    return taught._replace(disagreement=found, scored=scored), metrics
+
+
+def _without_budget(settings: StepSettings) -> StepSettings:
+    return dataclasses.replace(settings, budget=None)
 
 
 def _plan(mask, taught: TeacherScores, scores: TokenScores | None, views: Views, options: Objective) -> TokenPlan:
     return token_plan(
-        mask, settings=options, disagreement=taught.disagreement, scores=scores, sampler_logps=views.sampler_logps
-    )
+        mask, settings=options, disagreement=taught.disagreement, scored=taught.scored, scores=scores,
+        sampler_logps=views.sampler_logps,
+    )  # fmt: skip
 
 
 def _dropout_keys(student: Any, rows: int, settings: StepSettings, step: Any):
@@ -242,18 +252,22 @@ def _part_gradients(student, teacher: Network, base, part: _Part, settings: Step
         hidden = completion_hidden(teacher.model, params, lora, views.student, views.completions, dropout)
         return hidden, teacher.model.head(params)
 
-    def terms_of(hidden, head):
+    def logit_terms(hidden, head):
         scores = _token_scores(hidden, head, teacher, part.taught, views.completions.ids, options)
         plan = part.plan
         if plan is None:
             plan = _plan(part.mask, part.taught, jax.lax.stop_gradient(scores), views, options)
-        terms = objective(scores, hidden, part.taught, part.mask, plan, settings=options)
+        terms = objective(scores, hidden, part.taught, part.mask, plan, settings=without_matching)
         return terms, (jax.lax.stop_gradient(scores), plan)
 
+    without_matching = dataclasses.replace(options, matching_weight=0.0)
     (hidden, head), pull_outputs = jax.vjp(outputs, student)
-    terms, pull_terms, (scores, plan) = jax.vjp(terms_of, hidden, head, has_aux=True)
+    terms, pull_terms, (scores, plan) = jax.vjp(logit_terms, hidden, head, has_aux=True)
     # One gradient per term at the hidden states: cheap beside the body's backward pass, and it shows each term's share.
     separate = {name: pull_terms({other: jnp.float32(other == name) for other in terms}) for name in terms}
+    if options.matching_weight > 0:
+        value, gradient = jax.value_and_grad(matching_term)(hidden, part.taught, part.mask, plan, settings=options)
+        terms["matching"], separate["matching"] = value, (gradient, jnp.zeros_like(head))
     squares = {name: jnp.sum(jnp.square(found[0].astype(jnp.float32))) for name, found in separate.items()}
     (gradients,) = pull_outputs(jax.tree.map(lambda *found: sum(found), *separate.values()))
     return Totals(gradients, terms, squares), scores, plan

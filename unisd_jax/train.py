@@ -36,6 +36,7 @@ from unisd_jax.io import write_json_atomic
 from unisd_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from unisd_jax.models import save_hf
 from unisd_jax.parallel.sharding import batch_sharding, jit_step
+from unisd_jax.preparation import NotPrepared
 from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.step import train_step
@@ -95,7 +96,7 @@ def train(
     """Steps from `state.step` to `train.steps`, saving every `checkpoint.every` steps, on a signal, and at the end."""
     config = experiment.config
     step_for = compiled_steps(experiment, state)
-    inert = InertMechanisms(config.logging.inert_after)
+    inert = InertMechanisms(config.logging.inert_after, ema_sync_steps=config.teacher.ema_sync_steps)
     options = {"project": config.logging.wandb_project, "config": configuration.to_dict(config)}
     record = {"config_hash": configuration.config_hash(config), "policy_version": 0}
     writer = MetricsWriter(
@@ -112,6 +113,8 @@ def train(
     with writer, stop_on_signal() as stop:
         checkpoints.say = writer.message
         writer.truncate_after(int(state.step))
+        for earlier in read_metrics(run_dir / METRICS_FILE) if int(state.step) > 0 else ():
+            inert.see({name: math.nan if value is None else value for name, value in earlier.items()})
         while int(state.step) < config.train.steps:
             started, step = time.monotonic(), int(state.step)
             examples = next(data)
@@ -207,15 +210,10 @@ def _last_good(checkpoints: Checkpoints) -> str:
 
 def host_metrics(experiment: Experiment, views: Views, step: int, started: float, collected: float) -> dict[str, float]:
     """What only the host knows of a step: times, lengths, learning rate, memory."""
-    mask = np.asarray(views.completions.mask)
-    last = np.take_along_axis(views.completions.ids, np.maximum(mask.sum(1) - 1, 0)[:, None], axis=1)[:, 0]
-    stopped = float(np.mean(np.isin(last, experiment.chat.stop_ids)))
     now = time.monotonic()
     return {
         "learning_rate": float(experiment.schedule(step)),
-        "eos_rate": stopped,
-        "truncated_share": 1.0 - stopped,
-        "tokens_per_second": float(mask.sum()) / (now - started),
+        "tokens_per_second": float(np.sum(views.completions.mask)) / (now - started),
         "seconds_rollout": collected - started,
         "seconds_update": now - collected,
         "seconds_step": now - started,
@@ -285,7 +283,11 @@ def dry_run(config: Config) -> None:
     open_run_dir(config)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}")
-    experiment = build(config)
+    try:
+        experiment = build(config, read_only=True)
+    except NotPrepared as missing:
+        print(f"{missing}: training makes them first, and so does scripts/prepare_teacher.py; nothing was run")
+        return
     training_batches(experiment)
     state = new_state(experiment)
     trainable, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base))

@@ -46,7 +46,7 @@ class Views(NamedTuple):
 class TrainState(NamedTuple):
     """Everything training changes; what a checkpoint holds.
 
-    `student` is an adapter (`Lora`) or a full parameter tree in float32, `teacher` its float32 EMA or None for a
+    `student` is an adapter (`Lora`) or a full parameter tree in float32, `teacher` its EMA or None for a
     frozen teacher. `step` counts optimizer updates and is the policy version of the weights.
     """
 

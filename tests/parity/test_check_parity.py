@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toys import quick_compile  # noqa: F401
 
@@ -64,8 +65,8 @@ def test_sequence_agreement_cancels_under_the_release_and_not_by_default():
     from unisd_jax.teacher.scoring import Network
 
     description, arrays, model, student, teacher = check_parity.read_family(DATA, "llama")
-    views = check_parity.batch_views(arrays, 3)
     options = check_parity.objective_of(description["cases"]["agreement_seq_range"]["config"])
+    views = check_parity.batch_views(arrays, options, 3)
 
     @jax.jit
     def losses(student):
@@ -111,6 +112,32 @@ def test_a_folder_in_another_format(tmp_path, capsys, break_it, message):
     shutil.copytree(DATA, folder)
     break_it(folder)
     assert check_parity.main([str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_case_without_what_it_does_not_need(tmp_path):
+    """No auxiliary and no negative prompts, in a case that asks for neither."""
+    folder = tmp_path / "numbers"
+    shutil.copytree(DATA, folder)
+    description = json.loads((folder / "llama.json").read_text())
+    description["cases"] = {"skip_tokens": description["cases"]["skip_tokens"]}
+    description["cases"]["skip_tokens"]["config"]["num_contexts"] = 0
+    (folder / "llama.json").write_text(json.dumps(description))
+    with np.load(folder / "llama.npz") as file:
+        kept = {name: file[name] for name in file.files if "fewshot" not in name and "bad_teacher" not in name}
+    np.savez(folder / "llama.npz", **kept)
+    assert check_parity.run_case(folder, "llama", "skip_tokens").passed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cases", "nope"], "has no 'nope'; it has ema_forward_kl"),
+        (["--cases", "skip_tokens", "--micro-batches", "0"], "--micro-batches is 0; expected a divisor of the 3 rows"),
+    ],
+)
+def test_options_that_cannot_be(capsys, options, message):
+    assert check_parity.main([str(DATA), *options]) == 2
     assert message in capsys.readouterr().err
 
 

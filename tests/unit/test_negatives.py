@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisd_jax.errors import UserError
-from unisd_jax.teacher.corruption import corrupt, corruptions
+from unisd_jax.teacher.corruption import corruptions
 from unisd_jax.teacher.corruption_code import code_mutations
 from unisd_jax.teacher.negative_prompts import Problem
 from unisd_jax.teacher.negatives import CALL_SIZE, in_form, model_negatives, require_coverage, rule_negatives
@@ -64,14 +64,6 @@ def test_a_choice_gets_each_wrong_letter_where_the_right_one_stood(completion, e
 @pytest.mark.parametrize("completion", ["Answer: blue", "It is B, I think.", "Answer: A", ""])
 def test_a_choice_without_its_letter_is_left_alone(completion):
     assert every(completion, "B", "choice", "ABCD") == []
-    assert corrupt(completion, "B", family="choice", index=0, peers="ABCD", rng=random.Random(0)) is None
-
-
-def test_corrupt_takes_the_changes_in_turn():
-    replies = [
-        corrupt("Answer: B", "B", family="choice", index=index, peers="ABC", rng=random.Random(0)) for index in range(3)
-    ]
-    assert replies == ["Answer: A", "Answer: C", "Answer: A"]
 
 
 @pytest.mark.parametrize("wrap", ["{}", "```python\n{}```", "Here it is:\n```python\n{}```\nDone."])
@@ -235,7 +227,7 @@ def test_rules_give_checked_replies(problems, family, is_wrong, counts):
         assert len(set(replies)) == len(replies)
         assert all(is_wrong(number, reply) and reply != problems[number].completion for reply in replies)
     assert made == rule_negatives(problems, family=family, per_item=4, seed=0, is_wrong=is_wrong)
-    assert require_coverage(made, 1.0) == 1.0
+    require_coverage(made, 1.0)
 
 
 def test_answers_of_the_nearest_questions_are_borrowed_first():

@@ -29,6 +29,7 @@ from unisd_jax.losses.objective import TokenPlan as TokenPlan
 from unisd_jax.losses.objective import TokenScores as TokenScores
 from unisd_jax.losses.objective import agreement_weights as agreement_weights
 from unisd_jax.losses.objective import loss_mask as loss_mask
+from unisd_jax.losses.objective import matching_term as matching_term
 from unisd_jax.losses.objective import needs_scores_first as needs_scores_first
 from unisd_jax.losses.objective import objective as objective
 from unisd_jax.losses.objective import score_tokens as score_tokens

@@ -30,11 +30,12 @@ def contrastive_hinge(
     """
     if not margin >= 0:
         raise ValueError(f"margin is {margin}; expected 0 or more")
-    hinge = margin + _distance(student_logps, positive_logps) - _distance(student_logps, negative_logps)
+    hinge = margin + token_distance(student_logps, positive_logps) - token_distance(student_logps, negative_logps)
     return jnp.where(hinge > 0, hinge, 0.0)
 
 
-def _distance(student_logps: Float[Array, "B T"], teacher_logps: Float[Array, "B T"]) -> Float[Array, "B T"]:
+def token_distance(student_logps: Float[Array, "B T"], teacher_logps: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """|ℓ_S − ℓ_T| per token, in nats; gradient to the student, 0 where they are equal."""
     # A token that a view rules out has log-prob −inf, and the difference of two of them would be NaN.
     student, teacher = (jnp.maximum(logps.astype(jnp.float32), LOG_ZERO) for logps in (student_logps, teacher_logps))
     difference = student - jax.lax.stop_gradient(teacher)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unisd_jax.losses.contrastive import token_distance
 from unisd_jax.losses.objective import Objective, TeacherScores, TokenPlan, TokenScores
 from unisd_jax.losses.reduce import masked_mean
 from unisd_jax.types import Views
@@ -34,10 +35,7 @@ def token_metrics(
     scores: TokenScores, first: TokenScores | None, views: Views, mask: Bool[Array, "B T"], settings: Objective
 ) -> dict[str, Float[Array, ""]]:
     """Means over the tokens of the loss; names and units in docs/metrics.md."""
-    metrics = {
-        "entropy": masked_mean(scores.entropy, mask),
-        "completion_length": jnp.mean(jnp.sum(views.completions.mask, axis=1).astype(jnp.float32)),
-    }
+    metrics = {"entropy": masked_mean(scores.entropy, mask)}
     if settings.loss == "divergence":
         metrics["divergence"] = masked_mean(scores.divergence, mask)
     if views.sampler_logps is not None:
@@ -67,8 +65,8 @@ def mechanism_metrics(
             "clip_ceiling": plan.ceiling[0, 0],
         }
     if settings.contrast_weight > 0:
-        near = jnp.abs(scores.student_logp - teacher.logp)
-        far = jnp.abs(scores.student_logp - teacher.negative_logp)
+        near = token_distance(scores.student_logp, teacher.logp)
+        far = token_distance(scores.student_logp, teacher.negative_logp)
         metrics |= {
             "contrast_active_share": masked_mean(settings.contrast_margin + near - far > 0, mask),
             "contrast_positive_distance": masked_mean(near, mask),
@@ -76,8 +74,17 @@ def mechanism_metrics(
         }
     if settings.top_entropy < 1:
         metrics["entropy_mask_share"] = masked_mean(plan.main > 0, mask)
+    if plan.importance is not None:
+        metrics["importance_weight"] = masked_mean(plan.importance, mask)
+        metrics["importance_capped_share"] = masked_mean(plan.importance >= settings.importance_cap * (1 - 1e-6), mask)
+    if scores.entry_capped is not None:
+        metrics["entry_capped_share"] = masked_mean(scores.entry_capped, mask)
+    if teacher.scored is not None:
+        metrics["agreement_scored_share"] = masked_mean(teacher.scored, mask)
     return metrics
 
 
 def _mean_disagreement(disagreement: Float[Array, "*B"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    return masked_mean(disagreement, mask) if disagreement.ndim == 2 else jnp.mean(disagreement)
+    if disagreement.ndim == 2:
+        return masked_mean(disagreement, mask)
+    return masked_mean(disagreement[:, None], jnp.any(mask, axis=1, keepdims=True))

@@ -94,7 +94,8 @@ def clip_divergence(
     """min(divergence, κ) per token, in nats.
 
     κ is `ceiling`, or the `quantile` of the masked tokens; with neither nothing is clipped. The gradient is 1 up to and
-    including κ and 0 above it. Source: UniSD Eq. 8; the quantile is the release's.
+    including κ and 0 above it. A κ of at least `largest_divergence(alpha)` never acts; a run's configuration is checked
+    for that, here alpha is not known. Source: UniSD Eq. 8; the quantile is the release's.
 
     Raises:
       ValueError: both are given, a ceiling that is not positive, or a quantile outside (0, 1].

@@ -68,32 +68,36 @@ class TokenScores(NamedTuple):
     divergence: Float[Array, "B T"] | None
     student_logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
+    entry_capped: Bool[Array, "B T"] | None = None
 
 
 class TeacherScores(NamedTuple):
     """What the teacher's views say, without gradient; None for what no mechanism needs.
 
     `hidden` [B, T, H] after the final norm and `logp` belong to the primary view, `negative_logp` to the negative one;
-    `disagreement` of the auxiliary views is [B, T] or [B].
+    `disagreement` of the auxiliary views is [B, T] or [B]; where a budget left tokens out, `scored` says which it has.
     """
 
     hidden: Float[Array, "B T H"] | None = None
     logp: Float[Array, "B T"] | None = None
     negative_logp: Float[Array, "B T"] | None = None
     disagreement: Float[Array, "*B"] | None = None
+    scored: Bool[Array, "B T"] | None = None
 
 
 class TokenPlan(NamedTuple):
     """How much each token counts, computed from the whole batch; constants for the gradient.
 
     `main` are the coefficients of the divergence (or nll), `auxiliary` those of contrast and matching; `ceiling` is the
-    clip's κ, the same number at every token, None without clip; `weights` are the agreement weights as they entered.
+    clip's κ, the same number at every token, None without clip; `weights` and `importance` are the agreement and the
+    importance weights as they entered.
     """
 
     main: Float[Array, "B T"]
     auxiliary: Float[Array, "B T"]
     ceiling: Float[Array, "B T"] | None
     weights: Float[Array, "B T"] | None
+    importance: Float[Array, "B T"] | None = None
 
 
 def loss_mask(mask: Bool[Array, "B T"], skip_tokens: int) -> Bool[Array, "B T"]:
@@ -110,12 +114,14 @@ def score_tokens(
 ) -> TokenScores:
     """The student's scores at the temperature of the loss (1 for nll); entropy without gradient."""
     scaled = student_logits if settings.loss == "nll" else student_logits / settings.temperature
-    divergence = None
+    divergence = capped = None
     if teacher_logits is not None:
-        divergence = token_divergence(
-            scaled, teacher_logits / settings.temperature, alpha=settings.alpha, entry_ceiling=settings.entry_ceiling
-        )
-    return TokenScores(divergence, token_log_probs(scaled, completion_ids), jax.lax.stop_gradient(entropy(scaled)))
+        pair, options = (scaled, teacher_logits / settings.temperature), {"alpha": settings.alpha}
+        divergence = token_divergence(*pair, **options, entry_ceiling=settings.entry_ceiling)
+        if settings.entry_ceiling is not None:
+            capped = token_divergence(*pair, **options) > divergence
+    logp = token_log_probs(scaled, completion_ids)
+    return TokenScores(divergence, logp, jax.lax.stop_gradient(entropy(scaled)), capped)
 
 
 def needs_scores_first(settings: Objective) -> bool:
@@ -128,6 +134,7 @@ def token_plan(
     *,
     settings: Objective,
     disagreement: Float[Array, "*B"] | None = None,
+    scored: Bool[Array, "B T"] | None = None,
     scores: TokenScores | None = None,
     sampler_logps: Float[Array, "B T"] | None = None,
 ) -> TokenPlan:
@@ -144,16 +151,18 @@ def token_plan(
     _require("the sampler's log-probs", sampler_logps, settings.importance is not None)
     weights = None
     if settings.agreement is not None:
-        weights = agreement_weights(disagreement, mask, settings=settings.agreement)
+        weights = agreement_weights(disagreement, mask, settings=settings.agreement, scored=scored)
     chosen = None
     if settings.top_entropy < 1:
         chosen = entropy_mask(scores.entropy, mask, top=settings.top_entropy)
         weights = None if weights is None else jnp.where(chosen, weights, 1.0)
     main = reduction_weights(mask, weights, normalize=settings.normalize)
+    importance = None
     if settings.importance is not None:
-        main *= importance_weights(
+        importance = importance_weights(
             scores.student_logp, sampler_logps, mask, cap=settings.importance_cap, level=settings.importance
         )
+        main *= importance
     if chosen is not None:
         main *= chosen
     ceiling = settings.clip_ceiling
@@ -162,14 +171,22 @@ def token_plan(
     if ceiling is not None:
         ceiling = jnp.full(mask.shape, ceiling, jnp.float32)
     auxiliary = reduction_weights(mask, normalize=settings.normalize)
-    return jax.lax.stop_gradient(TokenPlan(main, auxiliary, ceiling, weights))
+    return jax.lax.stop_gradient(TokenPlan(main, auxiliary, ceiling, weights, importance))
 
 
 def agreement_weights(
-    disagreement: Float[Array, "*B"], mask: Bool[Array, "B T"], *, settings: Agreement
+    disagreement: Float[Array, "*B"],
+    mask: Bool[Array, "B T"],
+    *,
+    settings: Agreement,
+    scored: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The weight of every token; at the sequence level that of its completion."""
+    """The weight of every token; at the sequence level that of its completion.
+
+    Tokens that are not `scored` weigh 1 and have no part in the quantile that the others are measured by.
+    """
     if settings.level == "token":
+        mask = mask if scored is None else mask & scored
         return token_weights(disagreement, mask, gamma=settings.gamma, quantile=settings.quantile, cap=settings.cap)
     return jnp.broadcast_to(sequence_weights(disagreement, gamma=settings.gamma)[:, None], mask.shape)
 
@@ -203,9 +220,21 @@ def objective(
         )
         terms["contrast"] = settings.contrast_weight * weighted_sum(hinge, mask, plan.auxiliary)
     if settings.matching_weight > 0:
-        distance = feature_distance(student_hidden, teacher.hidden)
-        terms["matching"] = settings.matching_weight * weighted_sum(distance, mask, plan.auxiliary)
+        terms["matching"] = matching_term(student_hidden, teacher, mask, plan, settings=settings)
     return terms
+
+
+def matching_term(
+    student_hidden: Float[Array, "B T H"],
+    teacher: TeacherScores,
+    mask: Bool[Array, "B T"],
+    plan: TokenPlan,
+    *,
+    settings: Objective,
+) -> Float[Array, ""]:
+    """λ · Σ a · mean_H (h_S − h_T)², the one term that needs no logits."""
+    distance = feature_distance(student_hidden, teacher.hidden)
+    return settings.matching_weight * weighted_sum(distance, mask, plan.auxiliary)
 
 
 def _require(what: str, value, needed: bool) -> None:

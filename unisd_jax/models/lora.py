@@ -126,7 +126,8 @@ low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
 
 @functools.partial(jax.jit, static_argnames="scale")
 def _add_product(kernel: Float[Array, "L in out"], factors: LoraFactors, scale: float) -> Float[Array, "L in out"]:
-    return (kernel.astype(jnp.float32) + scale * (factors.a @ factors.b)).astype(kernel.dtype)
+    product = jnp.matmul(factors.a, factors.b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
 
 def _kernel(params: dict[str, Any], path: str) -> Float[Array, "L in out"]:

@@ -125,6 +125,11 @@ def cache_folder(root: str | Path, kind: str, key: Mapping[str, Any]) -> Path:
     return Path(root) / kind / hashlib.sha256(_canonical(key).encode()).hexdigest()[:16]
 
 
+def is_complete(root: str | Path, kind: str, key: Mapping[str, Any]) -> bool:
+    """Whether the cache of `key` is finished; writes nothing and does not read the records."""
+    return (cache_folder(root, kind, key) / MANIFEST).exists()
+
+
 def stale(root: str | Path, kind: str, key: Mapping[str, Any]) -> str:
     """How the most similar other cache of this kind differs, such as "model: ab12 -> cd34"; empty if there is none.
 

@@ -24,26 +24,17 @@ CHOICES = (
 NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)")
 
 
-def corrupt(
-    completion: str, answer: str, *, family: Family, index: int, peers: Sequence[str], rng: random.Random
-) -> str | None:
-    """A reply that differs from `completion` in one thing and should be wrong; None where no rule applies.
+def corruptions(completion: str, answer: str, *, family: Family, peers: Sequence[str], rng: random.Random) -> list[str]:
+    """Replies that differ from `completion` in one thing and should be wrong, each once; kinds of change take turns.
 
     Args:
       completion: the good reply.
       answer: what is graded of it.
       family: how replies of this task look.
-      index: which of the possible changes, counted round and round; kinds of change take turns.
       peers: choice: the letters of this question. text: other items' answers, the best first. tools: other items' good
         replies.
-      rng: chooses among changes of one kind.
+      rng: the order of changes of one kind.
     """
-    found = corruptions(completion, answer, family=family, peers=peers, rng=rng)
-    return found[index % len(found)] if found else None
-
-
-def corruptions(completion: str, answer: str, *, family: Family, peers: Sequence[str], rng: random.Random) -> list[str]:
-    """All changes that `corrupt` chooses from: different from each other and from `completion`, kinds in turn."""
     if family == "choice":
         kinds = [list(_choices(completion, answer, peers))]
     elif family == "code":

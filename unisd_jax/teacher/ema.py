@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from unisd_jax.models.lora import Lora, LoraFactors
 
 RANK_MULTIPLE = 2
+# A TPU multiplies float32 in bfloat16 unless told otherwise, which would undo an average in float32.
+EXACT = jax.lax.Precision.HIGHEST
 
 
 def start_ema(student: Any, *, dtype: Any = jnp.float32) -> Any:
@@ -88,9 +90,10 @@ def _truncate(exact: LoraFactors, rank: int):
     """The best factors of `rank` for one product: QR of both sides, SVD of the small core."""
     left, left_core = jnp.linalg.qr(exact.a)
     right, right_core = jnp.linalg.qr(exact.b.T)
-    u, s, v = jnp.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    u, s, v = jnp.linalg.svd(jnp.matmul(left_core, right_core.T, precision=EXACT), full_matrices=False)
     root = jnp.sqrt(s[:rank])
-    a, b = left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
+    a = jnp.matmul(left, u[:, :rank], precision=EXACT) * root
+    b = root[:, None] * jnp.matmul(v[:rank], right.T, precision=EXACT)
     return a, b, jnp.sum(jnp.square(s[rank:])), jnp.sum(jnp.square(s))
 
 
@@ -102,7 +105,10 @@ def _stack(old: LoraFactors, new: LoraFactors, old_weight: float, new_weight: fl
 
 
 def _squared_norm(factors: LoraFactors) -> Float[Array, ""]:
-    """‖A·B‖² = Σ (AᵀA) ∘ (B·Bᵀ), without forming A·B."""
-    left = jnp.swapaxes(factors.a, -1, -2) @ factors.a
-    right = factors.b @ jnp.swapaxes(factors.b, -1, -2)
-    return jnp.sum(left * right)
+    """‖A·B‖², one layer's product at a time.
+
+    Σ (AᵀA) ∘ (B·Bᵀ) would not form A·B, but for the difference of two nearly equal adapters it is all rounding.
+    """
+    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), factors)
+    norms = jax.lax.map(lambda one: jnp.sum(jnp.square(jnp.matmul(one.a, one.b, precision=EXACT))), layers)
+    return jnp.sum(norms)

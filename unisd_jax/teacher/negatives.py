@@ -159,8 +159,8 @@ def in_form(text: str, problem: Problem, *, family: Family, slot: int) -> str | 
     return reply
 
 
-def require_coverage(negatives: Sequence[Sequence[str]], minimum: float) -> float:
-    """The share of items with at least one wrong reply.
+def require_coverage(negatives: Sequence[Sequence[str]], minimum: float) -> None:
+    """Refuses negatives that too few items have.
 
     Raises:
       UserError: it is below `minimum`.
@@ -173,7 +173,6 @@ def require_coverage(negatives: Sequence[Sequence[str]], minimum: float) -> floa
             "choose another teacher.negatives.source, raise teacher.negatives.attempts, or lower "
             "teacher.negatives.min_coverage"
         )
-    return share
 
 
 def _peers(problems: Sequence[Problem], number: int, family: Family, nearest: Sequence[int]) -> list[str]:

@@ -91,8 +91,11 @@ def context_disagreement(
     settings: Objective,
     scoring: ContextScoring,
     student_entropy: Float[Array, "B T"] | None = None,
-) -> Float[Array, "*B"]:
-    """Disagreement of the auxiliary views at temperature 1: [B, T] at the token level, [B] at the sequence level.
+) -> tuple[Float[Array, "*B"], Bool[Array, "B T"] | None]:
+    """(disagreement, scored) of the auxiliary views at temperature 1.
+
+    The disagreement is [B, T] at the token level, [B] at the sequence level. `scored` is None where every token has
+    one; under a budget by entropy it says which have.
 
     Raises:
       ValueError: the batch has no auxiliary views, or the budget needs the student's entropy, which was not given.
@@ -106,7 +109,8 @@ def context_disagreement(
         return spread_disagreement(spread, mask, statistic=settings.agreement.statistic, level=level)
 
     if budget is None:
-        return disagree(_stream(teacher, views.contexts, views.completions, mask, no_views(shape), level, scoring))
+        full = _stream(teacher, views.contexts, views.completions, mask, no_views(shape), level, scoring)
+        return disagree(full), None
     first, rest = _first_views(views.contexts, 2 if budget.signal == "spread" else 0)
     spread = no_views(shape)
     if first is not None:
@@ -115,24 +119,34 @@ def context_disagreement(
     signal = known if budget.signal == "spread" else student_entropy
     if signal is None:
         raise ValueError("the budget's signal is the student's entropy, which was not given")
-    if budget.unit == "token":
-        found, chosen = _token_budget(teacher, rest, views.completions, mask, spread, signal, settings, scoring)
-        return jnp.where(mask, known.reshape(-1).at[chosen].set(found).reshape(shape), 0.0)
-    found, chosen = _example_budget(teacher, rest, views.completions, mask, spread, signal, settings, scoring)
-    return known.at[chosen].set(found)
+    run = _token_budget if budget.unit == "token" else _example_budget
+    found, chosen, scored = run(teacher, rest, views.completions, mask, spread, signal, settings, scoring)
+    flat = known.reshape(-1) if budget.unit == "token" else known
+    # A place that is out of range is left alone: those beyond the budget.
+    disagreement = flat.at[chosen].set(found, mode="drop").reshape(shape)
+    return disagreement, None if budget.signal == "spread" else scored
 
 
-def passes_saved(scoring: ContextScoring, *, batch: int, tokens: int, views: int) -> dict[str, float]:
-    """Shares of the auxiliary work that a budget leaves out: forward passes of the body, rows of the head."""
+def passes_saved(
+    scoring: ContextScoring, *, batch: int, tokens: int, views: int, extra_passes: int = 0
+) -> dict[str, float]:
+    """Shares of the auxiliary work that a budget leaves out: forward passes of the body, rows of the head.
+
+    `extra_passes` are those of the student that only the budget's signal needs; a saving can be negative.
+    """
     budget = scoring.budget
     if budget is None:
         return {}
-    left = (views - (2 if budget.signal == "spread" else 0)) / views
-    if budget.unit == "token":
-        head = left * (1 - _share_of(budget, batch * tokens) / (batch * tokens))
-        return {"agreement_passes_saved": 0.0, "agreement_head_saved": head}
-    saved = left * (1 - _kept_rows(scoring, batch) / batch)
-    return {"agreement_passes_saved": saved, "agreement_head_saved": saved}
+    first = 2 if budget.signal == "spread" else 0
+    share = _share_of(budget, batch * tokens) / (batch * tokens)
+    if budget.unit == "example":
+        share = _kept_rows(scoring, batch) / batch
+    head = first + share * (views - first)
+    body = head if budget.unit == "example" else views
+    return {
+        "agreement_passes_saved": 1 - (body + extra_passes) / views,
+        "agreement_head_saved": 1 - (head + extra_passes) / views,
+    }
 
 
 def _stream(teacher: Network, contexts: Contexts, completions, mask, spread: Spread, level, scoring) -> Spread:
@@ -155,21 +169,27 @@ def _stream(teacher: Network, contexts: Contexts, completions, mask, spread: Spr
 
 
 def _example_budget(teacher, contexts, completions, mask, spread, signal, settings: Objective, scoring):
-    """(disagreement, rows) of the examples with the largest mean signal per token."""
+    """(disagreement, rows, scored) of the examples with the largest mean signal per token."""
     level = settings.agreement.level
     if signal.ndim == 2:
         signal = jnp.sum(jnp.where(mask, signal, 0.0), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
     _, rows = jax.lax.top_k(signal, _kept_rows(scoring, mask.shape[0]))
+    scored = jnp.broadcast_to(jnp.zeros(len(mask), bool).at[rows].set(True)[:, None], mask.shape)
     contexts, completions, mask = jax.tree.map(lambda x: x[rows], (contexts, completions, mask))
     spread = jax.tree.map(lambda x: x[rows] if x.ndim else x, spread)
     spread = _stream(teacher, contexts, completions, mask, spread, level, scoring)
-    return spread_disagreement(spread, mask, statistic=settings.agreement.statistic, level=level), rows
+    return spread_disagreement(spread, mask, statistic=settings.agreement.statistic, level=level), rows, scored
 
 
 def _token_budget(teacher, contexts, completions, mask, spread, signal, settings: Objective, scoring):
-    """(disagreement, places) of the tokens with the largest signal: every body pass is run, the head on these alone."""
-    kept = _share_of(scoring.budget, mask.size)
-    _, places = jax.lax.top_k(jnp.where(mask, signal, -jnp.inf).reshape(-1), kept)
+    """(disagreement, places, scored) of the tokens with the largest signal.
+
+    Every body pass is run, the head on these tokens alone. There is room for the budget's share of a batch without
+    padding; of the tokens that there are, only their own share is used: the places beyond it are out of range.
+    """
+    room = _share_of(scoring.budget, mask.size)
+    _, places = jax.lax.top_k(jnp.where(mask, signal, -jnp.inf).reshape(-1), room)
+    kept = jnp.arange(room) < jnp.ceil(scoring.budget.share * jnp.sum(mask) - 1e-6)
     spread = jax.tree.map(lambda x: x.reshape(-1)[places] if x.ndim else x, spread)
     chosen = mask.reshape(-1)[places]
     ids = completions.ids.reshape(-1)[places]
@@ -182,7 +202,10 @@ def _token_budget(teacher, contexts, completions, mask, spread, signal, settings
 
     spread, _ = jax.lax.scan(add, spread, _groups(contexts, 1))
     found = jax.tree.map(lambda x: x[None] if x.ndim else x, spread)
-    return spread_disagreement(found, chosen[None], statistic=settings.agreement.statistic, level="token")[0], places
+    found = spread_disagreement(found, chosen[None], statistic=settings.agreement.statistic, level="token")[0]
+    places = jnp.where(kept, places, mask.size)
+    scored = jnp.zeros(mask.size, bool).at[places].set(True, mode="drop").reshape(mask.shape)
+    return found, places, scored
 
 
 def _groups(contexts: Contexts, step: int) -> Contexts:
