@@ -240,11 +240,6 @@ def _check_losses(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"objective.loss is {show(loss)}, which has no use for {mechanism} ({SWITCHES[mechanism]})"
             )
-    if loss == "nll" and source == "student":
-        raise ConfigError(
-            "objective.loss=nll raises the likelihood of given completions: it needs rollout.source=gold or base, "
-            'found "student"'
-        )
     if loss == "nll" and values["teacher.condition"] == "self":
         raise ConfigError("objective.loss=nll has no teacher that teacher.condition=self could be shown to")
     for name, neutral in (("alpha", 0), ("top_entropy_quantile", 1), ("importance.level", "none")):
@@ -256,6 +251,11 @@ def _check_losses(values: Mapping[str, Any]) -> None:
             )
     if loss == "nll" and (on["contrast"] or on["matching"]):
         raise ConfigError("objective.loss=nll has no teacher: switch contrast and matching off")
+    if loss == "nll" and source == "student":
+        raise ConfigError(
+            "objective.loss=nll raises the likelihood of given completions: it needs rollout.source=gold or base, "
+            'found "student"'
+        )
     if loss == "none" and not (on["contrast"] or on["matching"]):
         raise ConfigError("objective.loss=none leaves nothing to train on: switch contrast or matching on")
     if values["objective.entry_ceiling"] is not None and loss != "divergence":

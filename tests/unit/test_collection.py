@@ -24,6 +24,9 @@ from unisd_jax.testing import tiny_checkpoint
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 LENGTH, BATCH = 12, 4
 
+# Of the completions as they are, in every step.
+LENGTHS = {"completion_length", "eos_rate", "truncated_share"}
+
 
 class Scripted:
     """A sampler that replies with the given texts in turn; one that ends in "…" is cut at the limit instead."""
@@ -111,7 +114,7 @@ def test_the_student_samples_with_its_own_merged_weights(prepare):
     views, metrics, sampler = collect(prepared)
     (params,) = sampler.published
     toys.assert_trees_close(params, student_params(experiment, state))
-    assert sampler.version == 3 and metrics == {}
+    assert sampler.version == 3 and metrics.keys() == LENGTHS
     assert [experiment.chat.text(row) for row in rows(views.completions)] == ["yes", "no", "maybe", "yes"]
     assert np.all(views.sampler_logps[views.completions.mask] == -1.5)
     examples = experiment.train[:BATCH]
@@ -125,7 +128,7 @@ def test_gold_completions_are_not_sampled_and_have_no_sampler_logps(prepare):
     experiment, _ = prepared = prepare("rollout.source=gold")
     views, metrics, sampler = collect(prepared)
     assert rows(views.completions) == [example.gold for example in experiment.train[:BATCH]]
-    assert views.sampler_logps is None and sampler.published == [] and metrics == {}
+    assert views.sampler_logps is None and sampler.published == [] and metrics.keys() == LENGTHS
     assert views.completions.ids.shape == (BATCH, LENGTH)
     assert views.teacher is not None
 
@@ -173,7 +176,7 @@ def sources(prepared, steps=200):
     for step in range(steps):
         views, metrics = collect_views(experiment, state._replace(step=jnp.int32(step)), experiment.train[:BATCH])
         own = views.sampler_logps is not None
-        assert metrics == {"on_policy": float(own)}
+        assert metrics.keys() == LENGTHS | {"on_policy"} and metrics["on_policy"] == float(own)
         texts = rows(views.completions)
         assert (texts == [example.gold for example in experiment.train[:BATCH]]) != own
         drawn.append(own)
@@ -199,7 +202,7 @@ def test_a_mixture_draws_each_step_by_the_seed(prepare, quick_merge, share):
 def test_the_ends_of_a_mixture(prepare, quick_merge):
     assert not any(sources(prepare("rollout.on_policy_share=0"), steps=5))
     views, metrics, _ = collect(prepare("rollout.on_policy_share=1"))
-    assert views.sampler_logps is not None and metrics == {}
+    assert views.sampler_logps is not None and metrics.keys() == LENGTHS
 
 
 # --- Further views ---
@@ -255,7 +258,9 @@ def test_own_answers_are_the_teachers_demonstration(prepare):
 def test_items_without_agreement_are_masked_and_counted(prepare):
     # The rollout of the batch takes the first four texts, each of them finished.
     views, metrics, sampler = collect(prepare("teacher.condition=self", texts=SAMPLES))
-    assert metrics == {"self_agreement": pytest.approx(1.5 / 4), "self_accepted": 0.5}
+    assert metrics["self_agreement"] == pytest.approx(1.5 / 4) and metrics["self_accepted"] == 0.5
+    # What is left out of the loss is still a completion that ended.
+    assert metrics["eos_rate"] == 1.0 and metrics["completion_length"] > 0
     assert views.completions.mask.any(axis=1).tolist() == [True, False, True, False]
     assert len(sampler.keys) == 2 and sampler.keys[0] != sampler.keys[1], "own answers have draws of their own"
     assert len(sampler.prompts) == BATCH + 4 * BATCH

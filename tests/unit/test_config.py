@@ -440,7 +440,7 @@ def test_numbers_are_finite(minimal, name, value):
         ["--evaluation.drift_tokens=0"], ["--logging.samples=0"], ["--seed=4294967295"],
         ["--optimizer.warmup_ratio=1"], ["--optimizer.warmup_ratio=0"], ["--train.micro_batches=16"],
         ["--mesh.data=4", "--mesh.fsdp=2", "--mesh.tensor=3", "--train.micro_batches=2"],
-        ["--mode=ema", "--teacher.ema=true", "--teacher.condition=none"],
+        ["--mode=contrastive", "--objective.contrast.contrastive_weight=1", "--teacher.condition=none"],
         ["--data.task=jsonl", "--data.train_path=a", "--data.test_path=b"],
         ["--model.lora.dropout=0"], ["--objective.top_entropy_quantile=1"], ["--teacher.self_samples=2"],
         ["--mode=clip", "--objective.clip.token_clip_quantile=1"],
@@ -606,13 +606,14 @@ def test_the_hash_names_the_numbers_only(write):
         free = name == "teacher.cache_dir" or name.split(".")[0] in ("name", "output_dir", "logging", "checkpoint")
         assert (config_hash(config) == original) is free, name
     base = CONFIGS / "base.yaml"
-    nll = ["--mode=custom", "--objective.loss=nll"]
+    nll = ["--mode=custom", "--objective.loss=nll", "--rollout.source=gold"]
     words = ([], ["--mode=custom"], nll, ["--parity=upstream"], ["--preset=command"], ["--preset=launcher"])
     assert len({config_hash(load_config(base, ["--model.path=weights", *more])) for more in words}) == len(words)
 
 
 def test_a_preset_is_not_hashed_but_what_it_sets_is():
     same = ["--data.max_prompt_length=9", "--rollout.max_completion_length=9", "--train.micro_batches=1"]
+    same.append("--teacher.contexts.induction_demonstrations=3")
     configs = [
         load_config(CONFIGS / "base.yaml", ["--model.path=weights", f"--preset={preset}", *same])
         for preset in ("none", "command", "launcher")

@@ -42,7 +42,7 @@ ALLOWED = {
     "testing": PARTS,
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
-    "train": PARTS | {"collection", "experiment", "inert", "interrupt", "results"},
+    "train": PARTS | {"collection", "experiment", "inert", "interrupt", "preparation", "results"},
     "evaluate": PARTS | {"experiment", "interrupt", "results"},
 }
 # Modules that were split off another one for length.

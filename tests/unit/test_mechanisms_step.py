@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,6 @@ ALWAYS = {
     "loss",
     "gradient_norm",
     "entropy",
-    "completion_length",
     "divergence",
     "sampler_gap",
     "sampler_gap_max",
@@ -202,6 +202,11 @@ TOKEN, SEQUENCE = Objective(agreement=Agreement()), Objective(agreement=Agreemen
 
 def disagreement(options, scoring_settings, views=None, entropy=None, *, compiled=False):
     """What the teacher's views disagree by; operation by operation unless `compiled`."""
+    return scored_disagreement(options, scoring_settings, views, entropy, compiled=compiled)[0]
+
+
+def scored_disagreement(options, scoring_settings, views=None, entropy=None, *, compiled=False):
+    """The same, and which tokens a budget by entropy has scored."""
     model, base = toy()
 
     def call(views, entropy):
@@ -212,9 +217,9 @@ def disagreement(options, scoring_settings, views=None, entropy=None, *, compile
 
     views = all_views() if views is None else views
     if compiled:
-        return np.asarray(jax.jit(call)(views, entropy))
+        return jax.device_get(jax.jit(call)(views, entropy))
     with jax.disable_jit():
-        return np.asarray(call(views, entropy))
+        return jax.device_get(call(views, entropy))
 
 
 @functools.cache
@@ -402,6 +407,12 @@ def student_entropy():
     return jnp.asarray(np.random.default_rng(3).exponential(1.0, all_views().completions.mask.shape), jnp.float32)
 
 
+def weights_of(found, scored, options):
+    scored = None if scored is None else jnp.asarray(scored)
+    mask = all_views().completions.mask
+    return np.asarray(agreement_weights(jnp.asarray(found), mask, settings=options.agreement, scored=scored))
+
+
 def row_means(values):
     mask = np.asarray(all_views().completions.mask)
     return np.where(mask, values, 0).sum(axis=1) / mask.sum(axis=1)
@@ -411,7 +422,8 @@ def row_means(values):
 @pytest.mark.parametrize("signal", ["entropy", "spread"])
 def test_a_budget_of_examples_scores_those_with_the_largest_signal(level, signal):
     options = TOKEN if level == "token" else SEQUENCE
-    found = disagreement(options, ContextScoring(budget=Budget(0.5, "example", signal)), entropy=student_entropy())
+    budget = ContextScoring(budget=Budget(0.5, "example", signal))
+    found, scored = scored_disagreement(options, budget, entropy=student_entropy())
     two = full(level, 2)
     order = student_entropy() if signal == "entropy" else two
     largest = np.argsort(row_means(order) if order.ndim == 2 else order)[-4:]
@@ -419,23 +431,42 @@ def test_a_budget_of_examples_scores_those_with_the_largest_signal(level, signal
     np.testing.assert_allclose(found[chosen], full(level)[chosen], rtol=1e-4, atol=1e-6)
     if signal == "entropy":
         assert not found[~chosen].any()
-        weights = agreement_weights(jnp.asarray(found), all_views().completions.mask, settings=options.agreement)
-        assert np.all(np.asarray(weights)[~chosen] == 1) and np.any(np.asarray(weights)[chosen] < 1)
+        np.testing.assert_array_equal(scored, np.broadcast_to(chosen[:, None], scored.shape))
+        weights = weights_of(found, scored, options)
+        assert np.all(weights[~chosen] == 1) and np.any(weights[chosen] < 1)
     else:
+        assert scored is None
         np.testing.assert_allclose(found[~chosen], two[~chosen], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("signal", ["entropy", "spread"])
 def test_a_budget_of_tokens_scores_those_with_the_largest_signal(signal):
     mask = np.asarray(all_views().completions.mask)
-    found = disagreement(TOKEN, ContextScoring(budget=Budget(0.25, "token", signal)), entropy=student_entropy())
+    budget = ContextScoring(budget=Budget(0.25, "token", signal))
+    found, scored = scored_disagreement(TOKEN, budget, entropy=student_entropy())
     two = full("token", 2)
     order = np.where(mask, student_entropy() if signal == "entropy" else two, -np.inf)
-    chosen = order >= np.sort(order, axis=None)[-mask.size // 4]
-    assert chosen.sum() == 10 and mask[chosen].all()
+    # A share of the tokens that there are: padding is neither scored nor counted.
+    kept = math.ceil(0.25 * mask.sum())
+    chosen = order >= np.sort(order, axis=None)[-kept]
+    assert chosen.sum() == kept < mask.size / 4 and mask[chosen].all()
+    assert scored is None if signal == "spread" else np.array_equal(scored, chosen)
     np.testing.assert_allclose(found[chosen], full("token")[chosen], rtol=1e-4, atol=1e-6)
     expected = np.zeros_like(two) if signal == "entropy" else two
     np.testing.assert_allclose(found[~chosen], expected[~chosen], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("unit", "share"), [("example", 0.125), ("token", 0.05), ("token", 0.2)])
+def test_what_is_scored_is_measured_by_what_is_scored(unit, share):
+    """Were the others part of the quantile, it would fall to their 0 and every scored token to the smallest weight."""
+    budget = ContextScoring(budget=Budget(share, unit))
+    found, scored = scored_disagreement(TOKEN, budget, entropy=student_entropy())
+    mask, agreement = np.asarray(all_views().completions.mask), TOKEN.agreement
+    weights, smallest = weights_of(found, scored, TOKEN), 1 / (1 + agreement.gamma * agreement.cap)
+    scale = np.quantile(found[scored & mask], agreement.quantile)
+    expected = 1 / (1 + agreement.gamma * np.minimum(found / scale, agreement.cap))
+    np.testing.assert_allclose(weights[scored & mask], expected[scored & mask], rtol=1e-4)
+    assert weights[scored & mask].max() > 2 * smallest and np.all(weights[~scored] == 1)
 
 
 @pytest.mark.parametrize("unit", ["example", "token"])
@@ -481,6 +512,11 @@ def test_what_a_budget_saves(scoring_settings, bodies, heads):
     }
 
 
+def test_a_budget_pays_for_the_pass_of_its_signal():
+    saved = passes_saved(ContextScoring(budget=Budget(0.5)), batch=8, tokens=5, views=2, extra_passes=1)
+    assert saved == {"agreement_passes_saved": pytest.approx(0.0), "agreement_head_saved": pytest.approx(0.0)}
+
+
 def test_without_a_budget_nothing_is_said_to_be_saved():
     assert passes_saved(ContextScoring(), batch=8, tokens=5, views=3) == {}
 
@@ -495,16 +531,16 @@ def test_the_audit_measures_what_a_budget_gets_wrong(unit, signal):
     network, taught = Network(model, base, teacher), scoring.TeacherScores()
     with jax.disable_jit():
         entropy = student_scores(student, network, base, views, taught, settings).entropy
-    found = disagreement(settings.objective, ContextScoring(budget=settings.budget), entropy=entropy)
-    weights = [
-        agreement_weights(jnp.asarray(values), mask, settings=settings.objective.agreement)
-        for values in (found, full("token"))
-    ]
+    budget = ContextScoring(budget=settings.budget)
+    found, scored = scored_disagreement(settings.objective, budget, entropy=entropy)
+    pair = weights_of(found, scored, settings.objective), weights_of(full("token"), None, settings.objective)
+    weights = [jnp.asarray(values) for values in pair]
     error = float(masked_mean(jnp.abs(weights[0] - weights[1]), mask))
     assert error > 1e-3
     assert float(metrics["agreement_weight_error"]) == pytest.approx(error, rel=1e-3)
     assert float(metrics["agreement_weight"]) == pytest.approx(float(masked_mean(weights[0], mask)), rel=1e-4)
-    saved = passes_saved(ContextScoring(budget=settings.budget), batch=8, tokens=5, views=3)
+    # Nothing but the budget needs the student's entropy beforehand: a pass of its own.
+    saved = passes_saved(budget, batch=8, tokens=5, views=3, extra_passes=int(signal == "entropy"))
     assert {name: float(metrics[name]) for name in saved} == pytest.approx(saved)
     # An ordinary step learns the same and does not pay for the audit.
     tree, plain = gradients(settings)

@@ -103,6 +103,7 @@ PRESET = {
         "rollout.max_completion_length": 2048,
         "train.batch_size": 16,
         "train.micro_batches": 4,
+        "teacher.contexts.induction_demonstrations": 5,
         "objective.agreement.gamma_agreement": 1.0,
         "objective.contrast.contrastive_margin": 0.5,
     },
@@ -406,7 +407,7 @@ BUDGET = "objective.agreement.budget"
             [CUSTOM, "--objective.clip.token_clip=1", "--objective.clip.token_clip_quantile=0.9"],
             "objective.clip.token_clip (1.0) and objective.clip.token_clip_quantile (0.9) are both set",
         ),
-        ([CUSTOM, *AGREE, f"--{VIEWS}=0"], f"{VIEWS} is 0: agreement needs at least 2 auxiliary views"),
+        ([CUSTOM, *AGREE, f"--{VIEWS}=0"], f"{VIEWS} is 0: agreement compares auxiliary views, at least 2"),
         ([f"--{VIEWS}=3"], f"{VIEWS} is 3, but objective.agreement.level is none"),
         ([CUSTOM, *AGREE, f"--{PER_PASS}=2"], f"{PER_PASS} (2) must divide {VIEWS} (3)"),
         ([f"--{BUDGET}.share=0.5"], f"{BUDGET}.share is below 1, but objective.agreement.level is none"),
@@ -447,7 +448,23 @@ BUDGET = "objective.agreement.budget"
             ([CUSTOM, "--objective.importance.level=token", more], "objective.importance compares student and sampler")
             for more in ("--rollout.source=gold", "--rollout.source=base", "--rollout.on_policy_share=0.5")
         ),
-        (["--teacher.condition=none"], 'teacher.condition is "none" and teacher.ema is false'),
+        ([CUSTOM, "--objective.loss=nll"], "objective.loss=nll raises the likelihood of given completions"),
+        (
+            [CUSTOM, "--objective.loss=nll", "--rollout.source=gold", "--teacher.condition=self"],
+            "objective.loss=nll has no teacher that teacher.condition=self",
+        ),
+        (
+            [CUSTOM, "--objective.loss=nll", "--rollout.source=gold", "--objective.alpha=0.5"],
+            'objective.alpha acts on the divergence, but objective.loss is "nll"; set it to 0',
+        ),
+        *(
+            (
+                [CUSTOM, "--objective.loss=none", *SWITCHED_ON["matching"], f"--objective.{option}"],
+                f'objective.{option.partition("=")[0]} acts on the divergence, but objective.loss is "none"',
+            )
+            for option in ("alpha=0.5", "top_entropy_quantile=0.5", "importance.level=token")
+        ),
+        (["--teacher.condition=none"], 'teacher.condition is "none" and there is no contrast'),
         (
             ["--rollout.max_completion_length=4", "--objective.num_loss_tokens_to_skip=4"],
             "objective.num_loss_tokens_to_skip (4) must be below rollout.max_completion_length (4)",
@@ -469,7 +486,7 @@ def test_what_the_rules_must_not_refuse():
         [CUSTOM, *AGREE, f"--{BUDGET}.share=0.5", f"--{BUDGET}.unit=token", f"--{BUDGET}.signal=spread"],
         [CUSTOM, "--objective.loss=nll", "--rollout.source=base", "--teacher.condition=none"],
         ["--objective.importance.level=token"],
-        [CUSTOM, "--teacher.condition=none", *SWITCHED_ON["ema"]],
+        [CUSTOM, "--teacher.condition=none", *SWITCHED_ON["contrast"]],
     ):
         load_config(BASE, ["--model.path=weights", *overrides])
 
@@ -488,6 +505,10 @@ def test_what_the_rules_must_not_refuse():
             r"normalize=upstream divides each completion by its own weights: sequence-level agreement cancels",
         ),
         ([CUSTOM, *SWITCHED_ON["ema"], "--teacher.ema_decay=1"], r"ema_decay is 1: the teacher never moves"),
+        (
+            [CUSTOM, *SWITCHED_ON["ema"], "--teacher.ema_sync_steps=101"],
+            r"ema_sync_steps is 101, more than train.steps \(100\): the teacher never moves",
+        ),
         ([CUSTOM, *SWITCHED_ON["ema"], "--teacher.ema_adapters=false"], r"ema_adapters is false: under LoRA .* never"),
     ],
 )

@@ -118,7 +118,7 @@ INDUCTION = (*agreement("induction"), "teacher.contexts.induction_demonstrations
 @pytest.mark.parametrize("placement", ["inline", "turns"])
 def test_what_the_teacher_is_shown(configure, items, placement):
     def shown(condition):
-        words = (f"teacher.condition={condition}", f"teacher.placement={placement}", "teacher.ema=true")
+        words = (f"teacher.condition={condition}", f"teacher.placement={placement}", CONTRAST)
         return primary_messages(configure(*words), items)
 
     for item, gold, none, own, other in zip(items, *map(shown, ("gold", "none", "self", "other")), strict=True):
@@ -247,7 +247,7 @@ def test_only_the_views_that_are_asked_for_are_made(configure, chat, items):
         ((), True, 0, False),
         (agreement("random", 2), True, 2, False),
         ((CONTRAST,), True, 0, True),
-        (("objective.loss=nll",), False, 0, False),
+        (("objective.loss=nll", "rollout.source=gold"), False, 0, False),
     ):
         kept, views = training_views(configure(*words), TASK, items, chat, never)
         assert kept == items

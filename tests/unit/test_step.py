@@ -137,7 +137,6 @@ def test_one_step_by_its_definition():
     mask = np.asarray(views.completions.mask)
     for name, values in (("divergence", scores.divergence), ("entropy", scores.entropy)):
         assert float(metrics[name]) == pytest.approx(np.asarray(values)[mask].mean(), rel=1e-5), name
-    assert float(metrics["completion_length"]) == pytest.approx(mask.sum(axis=1).mean())
     assert "teacher_distance" not in metrics
 
 
@@ -261,7 +260,7 @@ def test_an_ema_teacher_is_asked_instead_of_the_base():
 
 def test_a_completion_of_one_token():
     before, after, metrics = run("lora", NLL, views_for(NLL, completion=1))
-    assert np.isfinite(float(metrics["loss"])) and float(metrics["completion_length"]) == 1.0
+    assert np.isfinite(float(metrics["loss"]))
     assert np.any(after.student.factors["attention/q"].b != before.student.factors["attention/q"].b)
 
 

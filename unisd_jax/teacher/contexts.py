@@ -1,7 +1,7 @@
 """Who lends whom a solved example: for every item and every auxiliary view, the indices of its donors.
 
 A donor is never the item itself nor another item with the same question: its solution would be the item's own. What is
-drawn for an item depends on the seed, on its own text and on which questions there are, not on their order.
+drawn for an item depends on the seed, on its own text and on the list of questions, not on a shared random stream.
 """
 
 import random
@@ -30,7 +30,7 @@ def random_donors(questions: Sequence[str], *, views: int, per_view: int, seed: 
     """
     keys, members = _groups(questions)
     _require_others(members, questions, views * per_view)
-    names = sorted(members)
+    names = list(members)
     place = {key: number for number, key in enumerate(names)}
     seen: dict[str, int] = {}
     donors = []
