@@ -335,13 +335,36 @@ def test_a_stopped_run_goes_on_to_the_same_end(lost):
     assert model.calls == (list(range(3, 9)) if lost else [6, 7, 8]), "what was complete is not asked for again"
 
 
-def test_a_choice_must_give_the_letter_that_was_asked_for():
+def test_a_choice_is_any_wrong_option_of_the_question():
+    """Wrong letters are asked for in turn; another wrong one will do, the right one and what is no option will not."""
+    asked = []
+
     def generate(conversations, call):
-        letters = [message["content"].split("chooses option ")[1][0] for (message,) in conversations]
-        return [f"Reasoning: sure.\nAnswer: {letter if call else 'A'}" for letter in letters]
+        asked.append([messages[-1]["content"].split("chooses option ")[1][0] for messages in conversations])
+        return [f"Reasoning: {row}.\nAnswer: {letter if call else 'Z'}" for row, letter in enumerate(asked[-1])]
 
     made = model_run(generate, CHOICES, "choice", graded_choice)
-    assert [[reply[-1] for reply in replies] for replies in made] == [["B", "C"], ["A"], ["A", "B"]]
+    assert asked[0] == asked[1], "nothing was accepted at first"
+    for problem, replies in zip(CHOICES, made, strict=True):
+        letters = [reply[-1] for reply in replies]
+        assert problem.answer not in letters and set(letters) <= set(problem.options)
+
+
+def test_the_form_is_shown_by_an_earlier_turn_with_another_items_wrong_reply():
+    seen = []
+
+    def generate(conversations, call):
+        seen.extend(conversations)
+        return [""] * len(conversations)
+
+    model_run(generate)
+    for example, reply, request in seen:
+        assert [example["role"], reply["role"], request["role"]] == ["user", "assistant", "user"]
+        assert example["content"] != request["content"]
+        other = next(problem for problem in TEXTS if example["content"].startswith(problem.question))
+        assert reply["content"] != other.completion and set(json.loads(reply["content"])) == {"answer"}
+        own = next(problem for problem in TEXTS if request["content"].startswith(problem.question))
+        assert own.completion not in example["content"] + request["content"]
 
 
 def test_a_choice_without_a_wrong_option_is_not_asked_for():
@@ -366,10 +389,11 @@ def test_a_choice_without_a_wrong_option_is_not_asked_for():
         ("tools", CALL, "Action: getWeather", None),
         ("choice", "Reasoning: so.\nAnswer: B", "Reasoning: no.\nAnswer: A", "Reasoning: no.\nAnswer: A"),
         ("choice", "Reasoning: so.\nAnswer: B", "Answer: A", None),
-        ("choice", "Reasoning: so.\nAnswer: B", "Reasoning: no.\nAnswer: C", None),
+        ("choice", "Reasoning: so.\nAnswer: B", "Reasoning: no.\nAnswer: C", "Reasoning: no.\nAnswer: C"),
+        ("choice", "Reasoning: so.\nAnswer: B", "Reasoning: no.\nAnswer: Z", None),
         ("choice", "Reasoning: so.\nAnswer: B", "Reasoning: no.\nA", None),
     ],
 )
 def test_a_reply_has_the_form_of_the_good_one_or_is_refused(family, good, reply, expected):
     problem = Problem("1", "Which?", good, "B", ("A", "B", "C"))
-    assert in_form(reply, problem, family=family, slot=0) == expected
+    assert in_form(reply, problem, family=family) == expected

@@ -13,6 +13,7 @@ from unisd_jax.data.tasks import get_task
 from unisd_jax.data.tasks.base import Item
 from unisd_jax.errors import UserError
 from unisd_jax.preparation import (
+    NotPrepared,
     context_messages,
     induced_instructions,
     item_negatives,
@@ -186,7 +187,8 @@ def test_negatives_by_the_model_are_checked_by_the_task(configure, chat, items):
     right = {item.prompt: item.completion for item in items[:1]}
 
     def reply(prompt):
-        known = [completion for question, completion in right.items() if question in prompt]
+        asked = prompt[prompt.rindex("user\n") :]
+        known = [completion for question, completion in right.items() if question in asked]
         return known[0] if known else wrong_answer(prompt)
 
     words = (CONTRAST, "teacher.negatives.source=model", "teacher.negatives.per_item=2")
@@ -201,6 +203,22 @@ def test_negatives_of_the_data_are_taken_as_they_are(configure, chat, items):
     config = configure(CONTRAST, "teacher.negatives.source=data")
     require_negatives_in_data(config, own)
     assert item_negatives(config, TASK, own, chat, never) == [item.negative for item in own]
+
+
+def test_a_right_reply_is_no_negative_even_if_the_data_say_so(configure, chat, items):
+    own = [item._replace(negative=item.completion if index == 0 else "no") for index, item in enumerate(items)]
+    config = configure(CONTRAST, "teacher.negatives.source=data", "teacher.negatives.min_coverage=0.5")
+    assert item_negatives(config, TASK, own, chat, never) == [None, *["no"] * (len(items) - 1)]
+
+
+def test_a_dry_run_makes_nothing_and_says_what_is_missing(configure, chat, items, tmp_path):
+    config = configure(CONTRAST)
+    with pytest.raises(NotPrepared, match=rf"negatives for short_answers are still to be made \({COUNT} records in "):
+        training_views(config, TASK, items, chat, never, read_only=True)
+    assert not (tmp_path / "cache").exists()
+    training_views(config, TASK, items, chat, never)
+    kept, _ = training_views(config, TASK, items, chat, never, read_only=True)
+    assert len(kept) == COUNT
 
 
 def test_negatives_of_a_jsonl_file_are_read(configure, chat, tmp_path):

@@ -1,4 +1,4 @@
-"""How a model is asked for a wrong reply: the question, a good reply to take the form from, and the mistake to make."""
+"""How a model is asked for a wrong reply: the question, the mistake to make, and an exchange that shows the form."""
 
 from typing import NamedTuple
 
@@ -37,15 +37,6 @@ MISTAKES: dict[Family, tuple[str, ...]] = {
         "It makes one call too many.",
     ),
 }
-RULES: dict[Family, str] = {
-    "text": "Keep its layout and about its length.",
-    "choice": "Argue for that option in its layout, and give the option's letter where it gives its own.",
-    "code": (
-        "Keep the name and the parameters of the function. The code must run, look right, and fail at least one test "
-        "of the question."
-    ),
-    "tools": "Keep its labels and their order; what is JSON there must be valid JSON in yours.",
-}
 
 
 def mistake(problem: Problem, *, family: Family, slot: int) -> str:
@@ -71,16 +62,23 @@ def wrong_letter(problem: Problem, slot: int) -> str:
     return letters[slot % len(letters)]
 
 
-def request_messages(problem: Problem, *, family: Family, slot: int) -> list[Message]:
-    """Asks for wrong reply number `slot`, in the form of the good reply (the release's defects D-15 and A12)."""
-    content = "\n\n".join(
-        [
-            "A reader is learning to spot mistakes and needs a reply that looks right at first sight and is wrong.",
-            f"[Question]\n{problem.question}",
-            f"[Good reply]\n{problem.completion}",
-            "Write a wrong reply to the same question in the form of the good reply. "
-            f"{mistake(problem, family=family, slot=slot)} {RULES[family]} Sound as sure as the good reply does, give "
-            "no hint of the mistake, and write nothing before or after the reply.",
-        ]
+def request_messages(
+    problem: Problem, *, family: Family, slot: int, example: tuple[Problem, str] | None = None
+) -> list[Message]:
+    """Asks for wrong reply number `slot`, after an exchange that shows how: another question and a wrong reply to it.
+
+    Small models take the form of a reply from an earlier turn and hardly from a description of it.
+    """
+    before = []
+    if example is not None:
+        other, wrong = example
+        before = [_request(other, family, slot), {"role": "assistant", "content": wrong}]
+    return [*before, _request(problem, family, slot)]
+
+
+def _request(problem: Problem, family: Family, slot: int) -> Message:
+    content = (
+        f"{problem.question}\n\nThis time reply wrongly on purpose, in the form that is asked for, and do not show "
+        f"that it is wrong. {mistake(problem, family=family, slot=slot)}"
     )
-    return [{"role": "user", "content": content}]
+    return {"role": "user", "content": content}

@@ -16,7 +16,7 @@ from unisd_jax.errors import UserError
 from unisd_jax.teacher.corruption import CHOICES, Family, corruptions
 from unisd_jax.teacher.corruption_code import FENCE, parse_python
 from unisd_jax.teacher.induction import Generate
-from unisd_jax.teacher.negative_prompts import Problem, request_messages, wrong_letter
+from unisd_jax.teacher.negative_prompts import Problem, request_messages
 from unisd_jax.teacher.retrieval import Ranking
 
 IsWrong = Callable[[int, str], bool]
@@ -123,10 +123,15 @@ def model_negatives(
             wanted = [(item, slot) for item, slot in wanted if _can_be_wrong(problems[item], family)]
             if not wanted:
                 break
-            asked = [request_messages(problems[item], family=family, slot=slot) for item, slot in wanted]
+            asked = [
+                request_messages(
+                    problems[item], family=family, slot=slot, example=_example(problems, item, slot, family)
+                )
+                for item, slot in wanted
+            ]
             texts = generate(asked, start // CALL_SIZE * attempts + attempt)
             for (item, slot), text in zip(wanted, texts, strict=True):
-                reply = in_form(text, problems[item], family=family, slot=slot)
+                reply = in_form(text, problems[item], family=family)
                 if reply is not None and reply not in found[item].values() and is_wrong(item, reply):
                     found[item][slot] = reply
         made = {problems[item].id: [found[item][slot] for slot in sorted(found[item])] for item in items}
@@ -135,7 +140,7 @@ def model_negatives(
     return [list(replies[problem.id]) for problem in problems]
 
 
-def in_form(text: str, problem: Problem, *, family: Family, slot: int) -> str | None:
+def in_form(text: str, problem: Problem, *, family: Family) -> str | None:
     """A sampled reply in the form of the good one, or None if it has another form or is the good one itself.
 
     A form of its own would tell wrong from good without any look at the content (the release's defect A12).
@@ -147,10 +152,11 @@ def in_form(text: str, problem: Problem, *, family: Family, slot: int) -> str | 
     if family in ("choice", "tools") and not set(LABEL.findall(good)) <= set(LABEL.findall(reply)):
         return None
     if family == "choice":
-        # The letter that was asked for, at the place where the good reply has its own.
+        # An option of the question, at the place where the good reply has its own.
         pattern = next((pattern for pattern in CHOICES if re.search(pattern, good)), None)
         letters = re.findall(pattern, reply) if pattern else []
-        return reply if letters and letters[-1].casefold() == wrong_letter(problem, slot).casefold() else None
+        options = [option.casefold() for option in problem.options]
+        return reply if letters and letters[-1].casefold() in options else None
     if family == "code":
         return reply if _is_python(reply) or not _is_python(good) else None
     shape = _json_keys(good)
@@ -181,6 +187,20 @@ def _peers(problems: Sequence[Problem], number: int, family: Family, nearest: Se
         return list(problems[number].options)
     others = [problems[peer] for peer in nearest if peer != number]
     return list(dict.fromkeys(other.completion if family == "tools" else other.answer for other in others))
+
+
+def _example(problems: Sequence[Problem], item: int, slot: int, family: Family) -> tuple[Problem, str] | None:
+    """Another item with a wrong reply by rule, the same in every attempt; None if no other item has one."""
+    rng = random.Random(f"{problems[item].id}/{slot}")
+    for other in rng.sample(range(len(problems)), min(PEERS, len(problems))):
+        if problems[other].question == problems[item].question or not _can_be_wrong(problems[other], family):
+            continue
+        problem, peers = problems[other], _peers(problems, other, family, _any(len(problems), rng))
+        found = corruptions(problem.completion, problem.answer, family=family, peers=peers, rng=rng)
+        if found:
+            # For a choice the rules go through the wrong letters in the order of the requests.
+            return problem, found[slot % len(found)]
+    return None
 
 
 def _can_be_wrong(problem: Problem, family: Family) -> bool:
