@@ -70,12 +70,12 @@ def objective_of(config: dict):
 
 def batch_views(arrays: dict, options, contexts: int):
     """The views of the stored batch that `options` ask for; auxiliary prompts are left-padded to a common length."""
-    import numpy as np
+    import jax.numpy as jnp
 
     from unisd_jax.types import Completions, Contexts, Prompts, Views
 
     def prompts(ids: str, mask: str):
-        return arrays[f"batch/{ids}"].astype(np.int32), arrays[f"batch/{mask}"].astype(bool)
+        return jnp.asarray(arrays[f"batch/{ids}"], jnp.int32), jnp.asarray(arrays[f"batch/{mask}"], bool)
 
     auxiliary = negative = None
     if options.agreement is not None:
@@ -83,8 +83,8 @@ def batch_views(arrays: dict, options, contexts: int):
             prompts(f"fewshot_teacher_prompt_ids_{k}", f"fewshot_teacher_prompt_mask_{k}") for k in range(contexts)
         ]
         longest = max(ids.shape[1] for ids, _ in pairs)
-        padded = [[np.pad(array, ((0, 0), (longest - array.shape[1], 0))) for array in pair] for pair in pairs]
-        auxiliary = Contexts(*(np.stack([pair[index] for pair in padded], axis=1) for index in range(2)))
+        padded = [[jnp.pad(array, ((0, 0), (longest - array.shape[1], 0))) for array in pair] for pair in pairs]
+        auxiliary = Contexts(*(jnp.stack([pair[index] for pair in padded], axis=1) for index in range(2)))
     if options.contrast_weight > 0:
         negative = Prompts(*prompts("bad_teacher_prompt_ids", "bad_teacher_prompt_mask"))
     completions = Completions(*prompts("completion_ids", "completion_mask"))

@@ -306,14 +306,14 @@ def test_metrics_of_token_agreement():
 
 
 def test_metrics_of_sequence_agreement():
-    """The weights are means over tokens, the disagreement over completions."""
+    """The weights are means over tokens, the disagreement over completions that have any."""
     settings = Objective(agreement=Agreement(level="sequence", gamma=1.0))
     found = metrics_of(jnp.array([np.log(2.0), 0.0, 0.5], jnp.float32), settings)
     assert found["agreement_weight"] == pytest.approx((3 * 0.5 + 1) / 4, rel=1e-5)
     assert found["agreement_weight_min"] == pytest.approx(0.5, rel=1e-5)
     assert found["agreement_above_99"] == pytest.approx(1 / 4)
     assert found["agreement_effective_share"] == pytest.approx(2.5**2 / (4 * 1.75), rel=1e-5)
-    assert found["agreement_disagreement"] == pytest.approx((np.log(2.0) + 0.5) / 3, rel=1e-5)
+    assert found["agreement_disagreement"] == pytest.approx(np.log(2.0) / 2, rel=1e-5)
 
 
 def test_weights_above_99_hundredths_are_counted():

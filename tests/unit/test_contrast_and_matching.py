@@ -157,7 +157,7 @@ def test_what_masked_tokens_hold_does_not_matter():
     settings = Objective(contrast_weight=1.0, matching_weight=1.0, clip_ceiling=5.0)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         spoil = lambda x, bad=bad: x.at[:, 2].set(bad)  # noqa: E731
-        scores, taught = TokenScores(*map(spoil, SCORES)), TeacherScores(*map(spoil, TAUGHT[:3]))
+        scores, taught = TokenScores(*map(spoil, SCORES[:3])), TeacherScores(*map(spoil, TAUGHT[:3]))
         found = terms_of(settings, mask, scores, spoil(STUDENT_HIDDEN), taught)
         assert found == pytest.approx(terms_of(settings, mask))
 

@@ -293,7 +293,10 @@ def test_scores_are_those_of_the_scaled_logits():
     np.testing.assert_allclose(scores.student_logp, token_log_probs(STUDENT, IDS), atol=1e-6)
     np.testing.assert_allclose(scores.entropy, entropy(STUDENT), atol=1e-6)
     np.testing.assert_allclose(scores.divergence, token_divergence(STUDENT, TEACHER, alpha=0.5), atol=1e-6)
-    assert all(score.dtype == jnp.float32 for score in scores)
+    assert all(score.dtype == jnp.float32 for score in scores[:3]) and scores.entry_capped is None
+    capped = score_tokens(STUDENT, TEACHER, IDS, settings=Objective(entry_ceiling=0.01)).entry_capped
+    uncapped = score_tokens(STUDENT, TEACHER, IDS, settings=Objective(entry_ceiling=1e3)).entry_capped
+    assert capped.any() and not uncapped.any()
 
 
 def test_the_entropy_of_the_scores_carries_no_gradient():

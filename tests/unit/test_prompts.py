@@ -81,10 +81,14 @@ def test_the_meta_prompt_shows_every_example_and_asks_for_an_instruction():
 
 
 @pytest.mark.parametrize("family", ["text", "choice", "code", "tools"])
-def test_a_request_for_a_wrong_reply_shows_the_form_and_takes_the_mistakes_in_turn(family):
+def test_requests_for_wrong_replies_take_the_mistakes_in_turn_and_hold_no_solution(family):
     problem = Problem("1", "Which? A. one B. two C. three", "Answer: B", "B", ("A", "B", "C"))
     texts = [request_messages(problem, family=family, slot=slot)[0]["content"] for slot in range(5)]
-    assert all(problem.question in text and problem.completion in text for text in texts)
+    assert all(text.startswith(problem.question) and problem.completion not in text for text in texts)
+    other = Problem("2", "Who?", "Answer: A", "A", ("A", "B"))
+    before, reply, request = request_messages(problem, family=family, slot=1, example=(other, "Answer: C"))
+    assert before["content"].startswith("Who?") and reply == {"role": "assistant", "content": "Answer: C"}
+    assert request["content"] == texts[1]
     if family == "choice":
         assert [re.findall("chooses option (.)", text) for text in texts] == [["A"], ["C"], ["A"], ["C"], ["A"]]
     else:
