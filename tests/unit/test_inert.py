@@ -24,6 +24,12 @@ RULES = {
         {"agreement_above_99": 0.999},
         ["objective.agreement.gamma_agreement"],
     ),
+    "importance": (
+        {"importance_weight": 1.0},
+        {"importance_weight": 1.01},
+        ["objective.importance.level"],
+    ),
+    "entry_ceiling": ({"entry_capped_share": 0.0}, {"entry_capped_share": 0.01}, ["objective.entry_ceiling"]),
     "clip": ({"clip_share": 0.0}, {"clip_share": 1e-3}, ["objective.clip.token_clip"]),
     "contrast": (
         {"contrast_active_share": 0.0, "gradient_share_contrast": 0.5},
@@ -52,6 +58,23 @@ def test_a_mechanism_that_does_nothing_is_named_once_with_the_option_at_fault(na
     assert step == AFTER and line.startswith(f"{name} did nothing for {AFTER} steps: ") and "\n" not in line
     for option in options:
         assert option in line and option in OPTIONS
+
+
+def test_weights_that_are_all_the_same_do_nothing_however_small():
+    uniform = {"agreement_above_99": 0.0, "agreement_effective_share": 1.0}
+    ((step, line),) = said([uniform] * (2 * AFTER))
+    assert step == AFTER and line.startswith("agreement did nothing")
+    assert said([uniform | {"agreement_effective_share": 0.97}] * (2 * AFTER)) == []
+
+
+def test_a_teacher_between_two_of_its_updates_is_not_inert():
+    inert, warnings = InertMechanisms(AFTER, ema_sync_steps=10), []
+    for step in range(1, 31):
+        warnings += inert.see({"teacher_motion": 0.1 if step % 10 == 0 else 0.0})
+    assert warnings == []
+    for _ in range(11):
+        warnings += inert.see({"teacher_motion": 0.0})
+    assert [line.split(":")[0] for line in warnings] == ["ema did nothing for 11 steps"]
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -320,6 +320,19 @@ def test_metrics_of_the_clip():
     assert metrics_of(SCORES._replace(divergence=None), clip_ceiling=3.0) == {}
 
 
+def test_metrics_of_the_importance_weights():
+    found = metrics_of(importance="token", importance_cap=1.0)
+    expected = importance_weights(SCORES.student_logp, SAMPLER, MASK, cap=1.0, level="token")
+    assert found["importance_weight"] == pytest.approx(float(masked_mean(expected, MASK)))
+    capped = np.asarray(SCORES.student_logp >= SAMPLER)[np.asarray(MASK)]
+    assert found["importance_capped_share"] == pytest.approx(capped.mean())
+
+
+def test_metrics_of_the_entry_ceiling():
+    capped = jnp.zeros(MASK.shape, bool).at[0, 0].set(True)
+    assert metrics_of(SCORES._replace(entry_capped=capped)) == pytest.approx({"entry_capped_share": 1 / 5})
+
+
 def test_metrics_of_the_entropy_mask():
     assert metrics_of(top_entropy=0.5) == pytest.approx({"entropy_mask_share": 3 / 5})
     assert metrics_of() == {}

@@ -214,3 +214,15 @@ def test_unknown_prompt_options(options, message):
     # Past the shape hook, which checks literals too.
     with pytest.raises(ValueError, match=message):
         teacher_messages.__wrapped__("2+2?", "4", **options)
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-5])
+def test_the_distance_of_nearly_equal_adapters_is_not_lost_to_rounding(apart):
+    """A slow teacher moves by little; the metric must tell that from standing still."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 576, 16)).astype(np.float32), rng.standard_normal((2, 16, 192)).astype(np.float32)
+    near = (b * (1 + apart * rng.standard_normal(b.shape))).astype(np.float32)
+    one, two = (Lora({"attention/q": LoraFactors(jnp.asarray(a), jnp.asarray(x))}, 1.0) for x in (b, near))
+    exact = np.linalg.norm(a.astype(float) @ (b.astype(float) - near.astype(float)))
+    exact /= np.linalg.norm(a.astype(float) @ near.astype(float))
+    assert float(weight_distance(one, two)) == pytest.approx(exact, rel=2e-2)

@@ -67,7 +67,7 @@ def weight_distance(teacher: Any, student: Any) -> Float[Array, ""]:
     """‖θ̄ − θ‖ / ‖θ‖ over effective weights; for adapters over the products A·B alone, the frozen part left out."""
     if isinstance(teacher, Lora):
         pairs = [(teacher.factors[path], student.factors[path]) for path in student.factors]
-        apart = sum(_squared_norm(_stack(old, new, 1.0, -1.0)) for old, new in pairs)
+        apart = sum(_squared_distance(old, new) for old, new in pairs)
         size = sum(_squared_norm(new) for _, new in pairs)
     else:
         leaves = list(zip(jax.tree.leaves(teacher), jax.tree.leaves(student), strict=True))
@@ -105,10 +105,15 @@ def _stack(old: LoraFactors, new: LoraFactors, old_weight: float, new_weight: fl
 
 
 def _squared_norm(factors: LoraFactors) -> Float[Array, ""]:
-    """‖A·B‖², one layer's product at a time.
+    """‖A·B‖² = Σ (AᵀA) ∘ (B·Bᵀ), without forming A·B."""
+    left = jnp.matmul(jnp.swapaxes(factors.a, -1, -2), factors.a, precision=EXACT)
+    right = jnp.matmul(factors.b, jnp.swapaxes(factors.b, -1, -2), precision=EXACT)
+    return jnp.sum(left * right)
 
-    Σ (AᵀA) ∘ (B·Bᵀ) would not form A·B, but for the difference of two nearly equal adapters it is all rounding.
-    """
-    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), factors)
+
+def _squared_distance(old: LoraFactors, new: LoraFactors) -> Float[Array, ""]:
+    """‖A₁·B₁ − A₂·B₂‖², one layer's product at a time: of `_squared_norm` only rounding is left where they are near."""
+    difference = _stack(old, new, 1.0, -1.0)
+    layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), difference)
     norms = jax.lax.map(lambda one: jnp.sum(jnp.square(jnp.matmul(one.a, one.b, precision=EXACT))), layers)
     return jnp.sum(norms)
