@@ -257,3 +257,12 @@ def test_get_task():
 def test_get_task_suggests_the_nearest_name(name, near):
     with pytest.raises(ConfigError, match=f"did you mean '?{near}"):
         get_task(name)
+
+
+def test_answers_are_compared_inside_the_form():
+    item = short_answers.load("train", None)[0]
+    same = {
+        short_answers.parse(text, item) for text in ('{"answer": "New  York"}', ' {"answer":"new york"}', "New York")
+    }
+    assert same == {"new york"}
+    assert short_answers.parse("  ", item) is None and short_answers.parse("It is York.", item) == "it is york."

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from unisd_jax.data.tasks import jsonl
-from unisd_jax.data.tasks.base import Item, Task
+from unisd_jax.data.tasks.base import Item, Task, whole_text
 from unisd_jax.errors import ConfigError
 
 FORM = 'Reply only with JSON: {"answer": "___"}'
@@ -51,6 +51,11 @@ def grade(text: str, item: Item) -> dict[str, float]:
     return {"exact": float(right), "form": float(given is not None), "contains": float(anywhere is not None)}
 
 
+def parse(text: str, item: Item) -> str | None:
+    """The answer inside the form; of a reply in another form all of it."""
+    return whole_text(_parse_form(text) or text)
+
+
 def _item(fields: dict[str, str]) -> Item:
     completion = json.dumps({"answer": fields["answer"]}, ensure_ascii=False)
     return Item(fields["id"], f"{fields['question']} {FORM}", completion, fields["answer"])
@@ -69,4 +74,4 @@ def _parse_form(text: str) -> str | None:
     return given if key == "answer" and isinstance(given, str) else None
 
 
-TASK = Task("short_answers", load, grade)
+TASK = Task("short_answers", load, grade, parse)
