@@ -183,6 +183,8 @@ def _made_negatives(
         return _is_wrong(task, items[index], text)
 
     with _cache(config, "negatives", key, total=len(items), read_only=read_only) as (cache, advance):
+        if cache.complete:
+            return [cache.records[item.id] for item in items]
         if by_model:
             return model_negatives(
                 problems, family=task.family, per_item=options.per_item, attempts=options.attempts,
