@@ -1,73 +1,62 @@
-"""The public function: checks its arguments and chooses an implementation."""
+"""The public function: checks its arguments and hands them on."""
 
-import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from unisd_jax.kernels.fused_linear_logprob.chunked import score_tokens_in_chunks
+from unisd_jax.kernels.fused_linear_jsd import gradients
+from unisd_jax.kernels.fused_linear_jsd.api import check_arrays, check_options, check_scaling
+from unisd_jax.kernels.fused_linear_jsd.dispatch import Options
+from unisd_jax.kernels.fused_linear_jsd.rows import Settings
+from unisd_jax.kernels.fused_linear_jsd.types import Layout, Operands
 from unisd_jax.kernels.fused_linear_logprob.reference import LogprobScores, score_tokens
 
 
 def fused_linear_logprob(
-    hidden: Float[Array, "N H"],
-    head: Float[Array, "V H"],
-    targets: Int[Array, " N"],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
     *,
     temperature: float = 1.0,
-    chunk_size: int = 256,
-    implementation: Literal["auto", "reference", "chunked"] = "auto",
+    mask: jax.Array | None = None,
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    vocab_block: int | None = None,
+    layout: Layout | None = None,
+    implementation: Literal["auto", "chunked", "pallas_gpu", "pallas_triton", "pallas_tpu", "reference"] = "auto",
+    interpret: bool = False,
 ) -> LogprobScores:
     """Log-probability of each target, and the entropy, under softmax(hidden @ head.T / temperature).
 
-    For scoring only: inputs pass through `stop_gradient`, so every gradient of the result is zero.
+    [N, V] is never held. Gradients are exact and reach hidden and head: −Σ logp is the cross-entropy. With a frozen
+    head that of logp costs one product more than the scores; with a trained head, or for the entropy, the logits are
+    formed again.
 
     Args:
-      hidden: hidden states, one row per token, in any floating dtype; products are summed in float32.
-      head: output embeddings, one row per vocabulary entry.
-      targets: token ids in [0, V). Any other id gets a NaN log-probability.
+      hidden: [N, H] hidden states, in any floating dtype; products are summed in float32.
+      head: [V, H] output embeddings. Not differentiated (LoRA, `stop_gradient`): its gradient is not computed.
+      targets: [N] token ids in [0, V). Any other id gets a NaN log-probability.
       temperature: divides the logits; positive and finite.
-      chunk_size: tokens whose logits are held at once by "chunked": chunk_size * V * 4 bytes.
-      implementation: "reference" holds [N, V] logits, "chunked" [chunk_size, V]; "auto" takes "chunked" where
-        N is larger than `chunk_size` and "reference" otherwise.
-
-    Returns:
-      `LogprobScores(logp, entropy)`, each float32 [N], in nats. A logit of -inf is a token of probability
-      zero: it adds nothing to the entropy.
+      mask: [N] bool; tokens where it is False cost no work. None: all count.
+      soft_cap: logits become soft_cap · tanh(logits / soft_cap).
+      vocab_size: columns from here on are padding and have probability 0.
+      chunk_size: tokens whose logits are held at once. None: an eighth of the tokens, at most 1024.
+      vocab_block: low-memory mode: at most so many columns of the vocabulary at a time.
+      layout: how tokens and vocabulary are divided over a mesh; None: one device, or left to the compiler.
+      implementation: "chunked" (what "auto" takes) runs everywhere; "pallas_gpu" keeps the logits on the chip where
+        nothing is differentiated; "pallas_triton" and "pallas_tpu" replace the row pass; "reference" holds all logits.
+      interpret: run a Pallas kernel in interpret mode, on any machine.
 
     Raises:
-      ValueError: shapes that do not fit together, targets that are not integers, a temperature or chunk size
-        that is not positive, or an unknown implementation.
+      ValueError: shapes that do not fit together, targets that are not integers, a setting out of its range.
     """
-    _check_arguments(hidden, head, targets, temperature, chunk_size)
-    hidden, head = jax.lax.stop_gradient((hidden, head))
-    match implementation:
-        case "auto":
-            use_chunks = targets.shape[0] > chunk_size
-        case "reference" | "chunked":
-            use_chunks = implementation == "chunked"
-        case _:
-            raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'chunked'")
-    if use_chunks:
-        return score_tokens_in_chunks(hidden, head, targets, temperature, chunk_size)
-    return score_tokens(hidden, head, targets, temperature)
-
-
-def _check_arguments(hidden, head, targets, temperature, chunk_size) -> None:
-    shapes = f"hidden {hidden.shape}, head {head.shape}, targets {targets.shape}"
-    if (hidden.ndim, head.ndim, targets.ndim) != (2, 2, 1):
-        raise ValueError(f"got {shapes}; expected hidden [N, H], head [V, H] and targets [N]")
-    if hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"got {shapes}; the last axes of hidden and head must be equal")
-    if hidden.shape[0] != targets.shape[0]:
-        raise ValueError(f"got {shapes}; the first axes of hidden and targets must be equal")
-    if head.shape[0] == 0:
-        raise ValueError(f"got {shapes}; the head must have at least one row")
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets have dtype {targets.dtype}; expected integers")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; expected a positive finite number")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
+    check_arrays({"hidden": hidden}, {"head": head}, targets, mask)
+    check_scaling(temperature, soft_cap)
+    check_options(implementation, chunk_size, vocab_block, vocab_size, head.shape[0], layout)
+    if implementation == "reference":
+        return score_tokens(hidden, head, targets, temperature, soft_cap, vocab_size, mask)
+    settings = Settings(None, float(temperature), soft_cap, vocab_size)
+    options = Options(settings, implementation, chunk_size, vocab_block, layout, interpret)
+    scores = gradients.score_tokens(options, Operands(hidden, head, None, None, targets, mask))
+    return LogprobScores(scores.student_logp, scores.student_entropy)

@@ -11,6 +11,21 @@ _root = Path(__file__).resolve().parents[2]
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root / "kernels"))
 
+from unisd_jax.kernels.fused_linear_jsd import (  # noqa: E402
+    Layout,
+    TokenScores,
+    fused_linear_jsd,
+    fused_linear_jsd_loss,
+    fused_linear_jsd_value_and_grad,
+)
 from unisd_jax.kernels.fused_linear_logprob import LogprobScores, fused_linear_logprob  # noqa: E402
 
-__all__ = ["LogprobScores", "fused_linear_logprob"]
+__all__ = [
+    "Layout",
+    "LogprobScores",
+    "TokenScores",
+    "fused_linear_jsd",
+    "fused_linear_jsd_loss",
+    "fused_linear_jsd_value_and_grad",
+    "fused_linear_logprob",
+]

@@ -1,0 +1,231 @@
+"""The row pass: from the logits of some tokens to their scores and to the derivatives of those scores.
+
+Every score is a sum over the vocabulary of entries e_v that depend on the logits through log p_v alone (for
+0 < alpha < 1 the terms through the mixture cancel). With x_v = ∂e_v / ∂log p_v and s the student's scaled logits,
+∂(Σ e)/∂s_u = x_u − p_u Σ_v x_v. That one rule gives all factors below.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Stands in for log 0: finite, so that 0 · log 0 is 0, and far below any float32 log-prob.
+LOG_ZERO = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the scores mean; hashable, so a static argument of jit.
+
+    `alpha` None: there is no teacher. Logits are soft_cap · tanh(z / soft_cap) / temperature; columns from `vocab_size`
+    on are padding. `entry_ceiling` caps each vocabulary entry's part of the divergence.
+    """
+
+    alpha: float | None
+    temperature: float = 1.0
+    soft_cap: float | None = None
+    vocab_size: int | None = None
+    entry_ceiling: float | None = None
+
+
+class Statistics(NamedTuple):
+    """What a factor's columns need beside their own logits: log Σ exp of both, and Σ_v x_v of the divergence."""
+
+    student_normaliser: jax.Array
+    teacher_normaliser: jax.Array | None
+    influence: jax.Array | None
+
+
+class RowScores(NamedTuple):
+    """One number per token, in nats; the teacher's are None without one, `entry_capped` without entry ceiling."""
+
+    divergence: jax.Array | None
+    student_logp: jax.Array
+    teacher_logp: jax.Array | None
+    student_entropy: jax.Array
+    entry_capped: jax.Array | None = None
+    statistics: Statistics | None = None
+
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary these logits are: the mesh axes it is divided over, the id of the first column.
+
+    `token_axes` are those over which the tokens are divided.
+    """
+
+    axes: tuple[str, ...] = ()
+    offset: jax.Array | int = 0
+    token_axes: tuple[str, ...] = ()
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """Sum over the whole vocabulary of [n, V] values."""
+        total = jnp.sum(values, axis=-1)
+        return jax.lax.psum(total, self.axes) if self.axes else total
+
+    def max(self, values: jax.Array) -> jax.Array:
+        """Maximum over the whole vocabulary of [n, V] values."""
+        largest = jnp.max(values, axis=-1)
+        return jax.lax.pmax(largest, self.axes) if self.axes else largest
+
+
+WHOLE = Shard()
+
+
+def score_rows(
+    student: jax.Array,
+    teacher: jax.Array | None,
+    targets: jax.Array,
+    *,
+    settings: Settings,
+    wanted: tuple[str, ...] = (),
+    factor_dtype=jnp.float32,
+    shard: Shard = WHOLE,
+) -> tuple[RowScores, dict[str, jax.Array]]:
+    """Scores of n tokens from their logits, and the factors `wanted`.
+
+    Args:
+      student: [n, V] float32, hidden @ head.T.
+      teacher: the same of the teacher; None where `settings.alpha` is.
+      targets: [n] token ids. One outside the vocabulary gets a NaN log-prob.
+      settings: what the scores mean.
+      wanted: some of "divergence", "student_logp", "student_entropy".
+      factor_dtype: of the factors; everything is computed in float32.
+      shard: which columns of the vocabulary these are.
+
+    Returns:
+      (scores, factors). A factor is temperature · ∂score/∂student, [n, V], not yet multiplied by any weight.
+    """
+    scaled, _ = scale(student, settings, shard)
+    normaliser = log_normaliser(scaled, shard)
+    ls, lt = log_probs(scaled, normaliser), None
+    teacher_normaliser = divergence = influence = capped = teacher_logp = None
+    entropy = shard.sum(-jnp.exp(ls) * ls)
+    if teacher is not None:
+        teacher_scaled, _ = scale(teacher, settings, shard)
+        teacher_normaliser = log_normaliser(teacher_scaled, shard)
+        lt = log_probs(teacher_scaled, teacher_normaliser)
+        terms = divergence_terms(ls, lt, settings)
+        divergence, influence = shard.sum(terms.entries), shard.sum(terms.influence)
+        if settings.entry_ceiling is not None:
+            capped = shard.sum(terms.capped.astype(jnp.float32)) > 0
+        teacher_logp = at_targets(teacher_scaled, targets, settings, shard) - teacher_normaliser
+    statistics = Statistics(normaliser, teacher_normaliser, influence)
+    student_logp = at_targets(scaled, targets, settings, shard) - normaliser
+    scores = RowScores(divergence, student_logp, teacher_logp, entropy, capped, statistics)
+    options = {"settings": settings, "wanted": wanted, "shard": shard}
+    # Behind the barrier the factors are formed from the logits again. Shared with the sums above, their parts would be
+    # kept as [n, V] arrays of their own, which is more memory and more traffic.
+    student, teacher, sums = jax.lax.optimization_barrier((student, teacher, scores))
+    return scores, factors(student, teacher, targets, sums, factor_dtype=factor_dtype, **options)
+
+
+def factors(
+    student: jax.Array,
+    teacher: jax.Array | None,
+    targets: jax.Array,
+    scores: RowScores,
+    *,
+    settings: Settings,
+    wanted: tuple[str, ...],
+    factor_dtype,
+    shard: Shard = WHOLE,
+) -> dict[str, jax.Array]:
+    """The factors of some columns, whatever part of the vocabulary `scores` and their statistics were summed over."""
+    scaled, slope = scale(student, settings, shard)
+    ls, found = log_probs(scaled, scores.statistics.student_normaliser), {}
+    if "divergence" in wanted:
+        lt = log_probs(scale(teacher, settings, shard)[0], scores.statistics.teacher_normaliser)
+        terms = divergence_terms(ls, lt, settings)
+        found["divergence"] = terms.influence - terms.p * scores.statistics.influence[:, None]
+    if "student_logp" in wanted:
+        found["student_logp"] = (columns(student.shape[-1], shard) == targets[:, None]) - jnp.exp(ls)
+    if "student_entropy" in wanted:
+        found["student_entropy"] = -jnp.exp(ls) * (ls + scores.student_entropy[:, None])
+    return {name: (factor * slope).astype(factor_dtype) for name, factor in found.items()}
+
+
+def log_normaliser(scaled: jax.Array, shard: Shard = WHOLE) -> jax.Array:
+    """log Σ exp over the whole vocabulary, [n]."""
+    largest = shard.max(scaled)
+    return largest + jnp.log(shard.sum(jnp.exp(scaled - largest[:, None])))
+
+
+def log_probs(scaled: jax.Array, normaliser: jax.Array) -> jax.Array:
+    """Log-probs of scaled logits; log 0 is `LOG_ZERO`."""
+    return jnp.maximum(scaled - normaliser[:, None], LOG_ZERO)
+
+
+def scale(logits: jax.Array, settings: Settings, shard: Shard = WHOLE) -> tuple[jax.Array, jax.Array | float]:
+    """Logits under soft-cap and temperature, −inf on padding, and temperature times their derivative."""
+    slope: jax.Array | float = 1.0
+    if settings.soft_cap is not None:
+        squashed = jnp.tanh(logits / settings.soft_cap)
+        logits, slope = settings.soft_cap * squashed, 1 - squashed**2
+    logits = logits / settings.temperature
+    if settings.vocab_size is not None:
+        logits = jnp.where(columns(logits.shape[-1], shard) < settings.vocab_size, logits, -jnp.inf)
+    return logits, slope
+
+
+class DivergenceTerms(NamedTuple):
+    """Per vocabulary entry, [n, V]: e, x = ∂e/∂log p, the student's p, and whether the entry ceiling caps e."""
+
+    entries: jax.Array
+    influence: jax.Array
+    p: jax.Array
+    capped: jax.Array | None
+
+
+def divergence_terms(ls: jax.Array, lt: jax.Array, settings: Settings) -> DivergenceTerms:
+    """Entries of the divergence between p = exp(ls) and q = exp(lt), written so that none loses its digits.
+
+    * alpha = 0: e = q log(q/p), x = −q
+    * alpha = 1: e = p log(p/q), x = p (1 + log(p/q))
+    * between, with m = (1−alpha) p + alpha q: e = alpha q log(q/m) + (1−alpha) p log(p/m), x = (1−alpha) p log(p/m)
+
+    At the end points p − q (which sums to 0) is added with the sign that makes the sum insensitive to rounding of the
+    normalisers.
+    """
+    alpha, gap = settings.alpha, ls - lt
+    if alpha == 0:
+        p, q = jnp.exp(ls), jnp.exp(lt)
+        entries, influence, vanishing = -q * gap, -q, p - q
+    elif alpha == 1:
+        p, q = jnp.exp(ls), jnp.exp(lt)
+        entries, influence, vanishing = p * gap, p * (1 + gap), q - p
+    else:
+        # log(p/m) = −log(1 + alpha (q/p − 1)), with the larger of p and q below the line so that nothing overflows.
+        ahead = gap >= 0
+        ratio = jnp.expm1(-jnp.abs(gap))
+        p, q = jnp.exp(ls), jnp.exp(lt)
+        rise = -jnp.log1p(jnp.where(ahead, alpha, 1 - alpha) * ratio)
+        log_p_over_m = jnp.where(ahead, rise, rise + gap)
+        log_q_over_m = jnp.where(ahead, rise - gap, rise)
+        influence = (1 - alpha) * p * log_p_over_m
+        entries, vanishing = alpha * q * log_q_over_m + influence, 0.0
+    if settings.entry_ceiling is None:
+        return DivergenceTerms(entries + vanishing, influence, p, None)
+    capped = entries > settings.entry_ceiling
+    entries = jnp.where(capped, settings.entry_ceiling, entries)
+    return DivergenceTerms(entries, jnp.where(capped, 0.0, influence), p, capped)
+
+
+def at_targets(scaled: jax.Array, targets: jax.Array, settings: Settings, shard: Shard = WHOLE) -> jax.Array:
+    """The targets' entries of [n, V] scaled logits; NaN for an id that the vocabulary does not have."""
+    width = scaled.shape[-1]
+    local = targets - shard.offset
+    mine = (local >= 0) & (local < width)
+    found = jnp.take_along_axis(scaled, jnp.where(mine, local, 0)[:, None], axis=-1)[:, 0]
+    if shard.axes:
+        found = jax.lax.psum(jnp.where(mine, found, 0.0), shard.axes)
+        mine = jax.lax.pmax(mine.astype(jnp.int32), shard.axes) > 0
+    if settings.vocab_size is not None:
+        mine &= targets < settings.vocab_size
+    return jnp.where(mine, found, jnp.nan)
+
+
+def columns(width: int, shard: Shard) -> jax.Array:
+    """Token ids of the columns, [1, width]."""
+    return shard.offset + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
