@@ -210,6 +210,15 @@ class MeshOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How scores are formed from hidden states without holding all logits."""
+
+    implementation: Literal["auto", "chunked", "pallas_gpu", "pallas_triton", "pallas_tpu"] = "auto"
+    chunk_size: int | None = None
+    vocab_block: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """Evaluation on the test items before and after training."""
 
@@ -255,6 +264,7 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+    head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -29,6 +29,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "mesh.data",
             "mesh.fsdp",
             "mesh.tensor",
+            "head.chunk_size",
+            "head.vocab_block",
             "evaluation.batch_size",
             "evaluation.max_completion_length",
             "checkpoint.every",

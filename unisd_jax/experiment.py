@@ -19,13 +19,14 @@ from unisd_jax.data.chat import Chat, load_chat
 from unisd_jax.data.pipeline import Example, ViewMessages, tokenize
 from unisd_jax.data.tasks import get_task
 from unisd_jax.data.tasks.base import Item, Task
-from unisd_jax.errors import UserError
+from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Agreement, Objective
-from unisd_jax.models import Model, ModelConfig, init_lora, load_hf, merge, read_config
+from unisd_jax.models import HeadOptions, Model, ModelConfig, init_lora, load_hf, merge, read_config
 from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.parallel.mesh import build_mesh
+from unisd_jax.parallel.sharding import head_layout
 from unisd_jax.preparation import require_negatives_in_data, training_views
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
@@ -72,6 +73,7 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     items = {split: _load_items(config, task, split) for split in ("train", "test")}
     require_negatives_in_data(config, items["train"])
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    scoring = head_options(config, mesh)
     _check_lengths(config, read_config(config.model.path))
     chat = load_chat(config.model.path, stop=config.rollout.stop)
     load = functools.cache(lambda: load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh))
@@ -83,6 +85,7 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]
     test, _ = _tokenize(config, chat, items["test"], questions, overlong="error")
     model, base = load()
+    model = dataclasses.replace(model, head_options=scoring)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
         schedule=config.optimizer.schedule, zero_first_rate=config.optimizer.zero_first_rate,
@@ -120,6 +123,24 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
         ),  # fmt: skip
         settings=step_settings(config),
     )
+
+
+def head_options(config: Config, mesh: jax.sharding.Mesh) -> HeadOptions:
+    """How the fused kernels run.
+
+    Raises:
+      ConfigError: a Pallas kernel is asked for that this machine or this mesh cannot run.
+    """
+    options, backend = config.head, jax.default_backend()
+    needed = {"pallas_gpu": "gpu", "pallas_triton": "gpu", "pallas_tpu": "tpu"}.get(options.implementation, backend)
+    if needed != backend:
+        raise ConfigError(f"head.implementation is {options.implementation}, which needs a {needed}; found a {backend}")
+    if options.implementation.startswith("pallas") and (options.vocab_block or config.mesh.tensor > 1):
+        raise ConfigError(
+            f"head.implementation is {options.implementation}, which scores whole rows of the vocabulary; "
+            "it needs head.vocab_block null and mesh.tensor 1"
+        )
+    return HeadOptions(options.implementation, options.chunk_size, options.vocab_block, head_layout(mesh))
 
 
 def step_settings(config: Config) -> StepSettings:

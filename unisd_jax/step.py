@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from unisd_jax.head_pass import head_scores, make_plan, pass_ties, scores_and_jacobians, term_gradients
 from unisd_jax.losses import (
     Objective,
     TeacherScores,
@@ -19,21 +20,16 @@ from unisd_jax.losses import (
     matching_term,
     mechanism_metrics,
     needs_scores_first,
-    objective,
-    score_tokens,
     term_metrics,
     token_metrics,
-    token_plan,
 )
 from unisd_jax.models import (
     Dropout,
     Lora,
     Model,
     completion_hidden,
-    head_logits,
     join_rows,
     map_rows,
-    sampled_token_scores,
     split_rows,
 )
 from unisd_jax.random import purpose_key
@@ -117,10 +113,8 @@ def loss_and_gradients(
     taught, metrics = _with_disagreement(taught, teacher, views, mask, first, settings)
     plan = None
     if first is not None or not needs_scores_first(options):
-        plan = _plan(mask, taught, first, views, options)
-        if options.clip_quantile is not None and first is not None:
-            # The token that is the quantile must keep its gradient when its divergence is rounded differently below.
-            plan = plan._replace(ceiling=plan.ceiling * (1 + 1e-6))
+        plan = make_plan(mask, taught, first, views, options)
+        plan = plan if first is None else pass_ties(plan, options)
 
     keys = _dropout_keys(student, mask.shape[0], settings, step)
     # The other views have been turned into numbers already: not to be split with the rest.
@@ -155,16 +149,11 @@ def student_scores(
 ) -> TokenScores:
     """The student's scores before the pass that has the gradient: without gradient and without dropout."""
     options, network = settings.objective, Network(teacher.model, *weights(student, base))
-    temperature = 1.0 if options.loss == "nll" else options.temperature
 
     def score(rows):
         prompts, completions, teacher_hidden = rows
         hidden = network.hidden(prompts, completions)
-        if teacher_hidden is None:
-            logp, entropy = sampled_token_scores(hidden, network.head, completions.ids, temperature=temperature)
-            return TokenScores(None, logp, entropy)
-        logits = head_logits(hidden, network.head), head_logits(teacher_hidden, teacher.head)
-        return score_tokens(*logits, completions.ids, settings=options)
+        return head_scores(hidden, network.head, teacher_hidden, teacher, completions, settings=options)
 
     teacher_hidden = None if options.clip_quantile is None else taught.hidden
     return map_rows(score, (views.student, views.completions, teacher_hidden), settings.micro_batches)
@@ -212,13 +201,6 @@ def _without_budget(settings: StepSettings) -> StepSettings:
     return dataclasses.replace(settings, budget=None)
 
 
-def _plan(mask, taught: TeacherScores, scores: TokenScores | None, views: Views, options: Objective) -> TokenPlan:
-    return token_plan(
-        mask, settings=options, disagreement=taught.disagreement, scored=taught.scored, scores=scores,
-        sampler_logps=views.sampler_logps,
-    )  # fmt: skip
-
-
 def _dropout_keys(student: Any, rows: int, settings: StepSettings, step: Any):
     """A key per row of the batch, or None without dropout."""
     if settings.dropout == 0 or not isinstance(student, Lora):
@@ -250,36 +232,22 @@ def _part_gradients(student, teacher: Network, base, part: _Part, settings: Step
     def outputs(student):
         params, lora = weights(student, base)
         hidden = completion_hidden(teacher.model, params, lora, views.student, views.completions, dropout)
-        return hidden, teacher.model.head(params)
+        return hidden, teacher.model.head(params) if lora is None else None
 
-    def logit_terms(hidden, head):
-        scores = _token_scores(hidden, head, teacher, part.taught, views.completions.ids, options)
-        plan = part.plan
-        if plan is None:
-            plan = _plan(part.mask, part.taught, jax.lax.stop_gradient(scores), views, options)
-        terms = objective(scores, hidden, part.taught, part.mask, plan, settings=without_matching)
-        return terms, (jax.lax.stop_gradient(scores), plan)
-
-    without_matching = dataclasses.replace(options, matching_weight=0.0)
-    (hidden, head), pull_outputs = jax.vjp(outputs, student)
-    terms, pull_terms, (scores, plan) = jax.vjp(logit_terms, hidden, head, has_aux=True)
-    # One gradient per term at the hidden states: cheap beside the body's backward pass, and it shows each term's share.
-    separate = {name: pull_terms({other: jnp.float32(other == name) for other in terms}) for name in terms}
+    (hidden, trained_head), pull_outputs = jax.vjp(outputs, student)
+    head = teacher.model.head(base) if trained_head is None else trained_head
+    scores, jacobians, head_gradient, plan = scores_and_jacobians(
+        hidden, head, teacher, part.taught, views, part.mask, part.plan, settings=options,
+        trained_head=trained_head is not None,
+    )  # fmt: skip
+    # One gradient per term at the hidden states: it shows each term's share.
+    terms, separate = term_gradients(scores, jacobians, part.taught, part.mask, plan, settings=options)
     if options.matching_weight > 0:
         value, gradient = jax.value_and_grad(matching_term)(hidden, part.taught, part.mask, plan, settings=options)
-        terms["matching"], separate["matching"] = value, (gradient, jnp.zeros_like(head))
-    squares = {name: jnp.sum(jnp.square(found[0].astype(jnp.float32))) for name, found in separate.items()}
-    (gradients,) = pull_outputs(jax.tree.map(lambda *found: sum(found), *separate.values()))
+        terms["matching"], separate["matching"] = value, gradient.astype(jnp.float32)
+    squares = {name: jnp.sum(jnp.square(found)) for name, found in separate.items()}
+    (gradients,) = pull_outputs((sum(separate.values()).astype(hidden.dtype), head_gradient))
     return Totals(gradients, terms, squares), scores, plan
-
-
-def _token_scores(hidden, head, teacher: Network, taught: TeacherScores, ids, options: Objective) -> TokenScores:
-    """The student's scores with their gradient; no logits where no term has a gradient through them."""
-    if options.terms == ("matching",):
-        logp, entropy = sampled_token_scores(hidden, head, ids, temperature=options.temperature)
-        return TokenScores(None, logp, entropy)
-    teacher_logits = head_logits(taught.hidden, teacher.head) if options.loss == "divergence" else None
-    return score_tokens(head_logits(hidden, head), teacher_logits, ids, settings=options)
 
 
 def _move_teacher(teacher: Any, student: Any, step, settings: StepSettings) -> tuple[Any, dict[str, Array]]:

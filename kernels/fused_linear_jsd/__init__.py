@@ -2,9 +2,17 @@
 
 from unisd_jax.kernels.fused_linear_jsd.api import (
     fused_linear_jsd,
+    fused_linear_jsd_jacobians,
     fused_linear_jsd_loss,
     fused_linear_jsd_value_and_grad,
 )
 from unisd_jax.kernels.fused_linear_jsd.types import Layout, TokenScores
 
-__all__ = ["Layout", "TokenScores", "fused_linear_jsd", "fused_linear_jsd_loss", "fused_linear_jsd_value_and_grad"]
+__all__ = [
+    "Layout",
+    "TokenScores",
+    "fused_linear_jsd",
+    "fused_linear_jsd_jacobians",
+    "fused_linear_jsd_loss",
+    "fused_linear_jsd_value_and_grad",
+]

@@ -1,13 +1,14 @@
 """The public functions: they check their arguments and hand them on."""
 
 import math
-from typing import Literal, Required, TypedDict, Unpack, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Required, TypedDict, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 
 from unisd_jax.kernels.fused_linear_jsd import gradients, reference
-from unisd_jax.kernels.fused_linear_jsd.dispatch import Options
+from unisd_jax.kernels.fused_linear_jsd.dispatch import Options, score
 from unisd_jax.kernels.fused_linear_jsd.rows import RowScores, Settings
 from unisd_jax.kernels.fused_linear_jsd.types import Layout, Operands, TokenScores
 
@@ -165,6 +166,52 @@ def fused_linear_jsd_value_and_grad(
     return (loss, _token_scores(scores, ceiling, mask)), tuple(found)
 
 
+def fused_linear_jsd_jacobians(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
+    targets: jax.Array,
+    beside: Any = None,
+    *,
+    jacobians: tuple[str, ...] = ("divergence",),
+    weighed: tuple[str, ...] = (),
+    weigh: Callable[[RowScores, Any], dict[str, jax.Array]] | None = None,
+    **options: Unpack[JsdOptions],
+) -> tuple[TokenScores, dict[str, jax.Array], jax.Array | None]:
+    """(scores, {score: ∂score_t/∂student_hidden_t as [N, H]}, Σ_k Σ_t c_kt ∂score_kt/∂student_head), float32.
+
+    For losses of several terms: every term's gradient at the hidden states is a combination of the jacobians, and no
+    term needs products of its own.
+
+    Args:
+      student_hidden: and the arrays after it: as in `fused_linear_jsd`. teacher_hidden None: there is no teacher, and
+        no divergence.
+      student_head: see there.
+      teacher_hidden: see there.
+      teacher_head: see there.
+      targets: see there.
+      beside: a tree of arrays [N, …] whose rows `weigh` is given.
+      jacobians: which, of "divergence", "student_logp", "student_entropy"; one product each.
+      weighed: scores for whose weighted sum the head's gradient is wanted.
+      weigh: (scores of n tokens, their rows of `beside`) → c [n] by score, for those in `weighed`; it runs once per
+        chunk and may use nothing but its arguments and constants.
+      **options: those of `fused_linear_jsd`; a clip only fills the scores' fields.
+    """
+    if teacher_hidden is None:
+        options = options | {"alpha": None}
+    prepared, operands, ceiling = _prepare(
+        student_hidden, student_head, teacher_hidden, teacher_head, targets, **options
+    )
+    if prepared.implementation == "reference":
+        raise ValueError("implementation is 'reference', which JAX differentiates; expected another one here")
+    mask = options.get("mask")
+    result = score(prepared, operands, beside, jacobians=jacobians, weighed=weighed, weigh=weigh)
+    if teacher_hidden is not None:
+        ceiling = gradients.find_ceiling(result.scores.divergence, mask, ceiling, options.get("quantile"))
+    return _token_scores(result.scores, ceiling, mask), result.jacobians, result.head_gradient
+
+
 def _masked_weights(weights, targets, mask) -> jax.Array:
     if weights.shape != targets.shape:
         raise ValueError(f"weights have shape {weights.shape}, targets {targets.shape}; expected one weight per token")
@@ -173,6 +220,8 @@ def _masked_weights(weights, targets, mask) -> jax.Array:
 
 
 def _token_scores(scores: RowScores, ceiling, mask) -> TokenScores:
+    if scores.divergence is None:
+        return TokenScores(None, scores.student_logp, None, scores.student_entropy, None, None)
     clipped = jnp.zeros(scores.divergence.shape, bool) if ceiling is None else scores.divergence > ceiling
     if mask is not None:
         clipped &= mask
@@ -197,10 +246,12 @@ def _prepare(
     layout=None, implementation="auto", interpret=False,
 ) -> tuple[Options, Operands, jax.Array | None]:  # fmt: skip
     """Checked options, operands without gradient where none may flow, and the ceiling as one number per token."""
-    teacher_head = student_head if teacher_head is None else teacher_head
-    check_arrays({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden},
-                 {"student_head": student_head, "teacher_head": teacher_head}, targets, mask)  # fmt: skip
-    if not 0 <= alpha <= 1:
+    hidden, heads = {"student_hidden": student_hidden}, {"student_head": student_head}
+    if teacher_hidden is not None:
+        teacher_head = student_head if teacher_head is None else teacher_head
+        hidden, heads = hidden | {"teacher_hidden": teacher_hidden}, heads | {"teacher_head": teacher_head}
+    check_arrays(hidden, heads, targets, mask)
+    if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1]")
     if entry_ceiling is not None and not entry_ceiling > 0:
         raise ValueError(f"entry_ceiling is {entry_ceiling}; expected a positive number of nats or None")
@@ -217,7 +268,9 @@ def _prepare(
     operands = Operands(
         student_hidden, student_head, *jax.lax.stop_gradient((teacher_hidden, teacher_head)), targets, mask
     )
-    settings = Settings(float(alpha), float(temperature), soft_cap, vocab_size, entry_ceiling)
+    settings = Settings(
+        None if alpha is None else float(alpha), float(temperature), soft_cap, vocab_size, entry_ceiling
+    )
     return Options(settings, implementation, chunk_size, vocab_block, layout, interpret), operands, ceiling
 
 
@@ -251,6 +304,11 @@ def check_options(implementation, chunk_size, vocab_block, vocab_size, vocab: in
     """Raises a ValueError for an unknown implementation, a size out of range, or axes that the mesh does not have."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation.startswith("pallas") and (vocab_block is not None or (layout is not None and layout.vocab)):
+        raise ValueError(
+            f"implementation is {implementation!r}, which scores whole rows of the vocabulary; it needs vocab_block "
+            "None and a layout that does not divide the vocabulary"
+        )
     for name, size in {"chunk_size": chunk_size, "vocab_block": vocab_block}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1")

@@ -1,6 +1,7 @@
 """Chunks of tokens with whole rows of logits: the fewest products, and the memory of one chunk's rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ from unisd_jax.kernels.fused_linear_jsd.rows import WHOLE, RowScores, Settings, 
 from unisd_jax.kernels.fused_linear_jsd.tokens import chunk_sizes, count_tokens, for_each_chunk, padded_size
 from unisd_jax.kernels.fused_linear_jsd.types import Operands, Result
 
-Weigh = Callable[[RowScores, tuple[jax.Array, ...]], dict[str, jax.Array]]
+Weigh = Callable[[RowScores, Any], dict[str, jax.Array]]
 
 
 def score_in_chunks(
     operands: Operands,
-    weights: tuple[jax.Array, ...] = (),
+    beside: Any = None,
     *,
     settings: Settings,
     chunk_size: int | None = None,
@@ -31,12 +32,12 @@ def score_in_chunks(
 
     Args:
       operands: the arrays, whole or this device's part.
-      weights: arrays [N] whose rows `weigh` is given.
+      beside: a tree of arrays [N, …] whose rows `weigh` is given.
       settings: what the scores mean.
       chunk_size: tokens per chunk; None: as `chunk_sizes` finds.
       jacobians: of which scores.
       weighed: the scores whose gradient the head is wanted of.
-      weigh: (scores of n tokens, their rows of `weights`) → the weight c [n] of each score in `weighed`, by name.
+      weigh: (scores of n tokens, their rows of `beside`) → the weight c [n] of each score in `weighed`, by name.
       shard: the part of the vocabulary that the heads here are.
       row_pass: computes scores and factors of a chunk, as `score_rows` does.
     """
@@ -44,19 +45,14 @@ def score_in_chunks(
     total, (width, depth) = operands.targets.shape[0], student_head.shape
     tokens, sizes = count_tokens(total, operands.mask, shard), chunk_sizes(total, chunk_size)
     room = padded_size(total, sizes)
-    hidden, teacher_hidden, targets, *weights = (
-        None if x is None else tokens.compact(x, room)
-        for x in (operands.student_hidden, operands.teacher_hidden, operands.targets, *weights)
-    )
+    arrays = (operands.student_hidden, operands.teacher_hidden, operands.targets, beside)
+    arrays = jax.tree.map(lambda x: tokens.compact(x, room), arrays)
     names = tuple(dict.fromkeys((*jacobians, *weighed)))
-    dtype = gradient_dtype(hidden, student_head)
+    dtype = gradient_dtype(operands.student_hidden, student_head)
 
     def chunk(start, size, carry):
         scores, found, head_gradient = carry
-        rows, teacher_rows, ids, *own = (
-            None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size)
-            for x in (hidden, teacher_hidden, targets, *weights)
-        )
+        rows, teacher_rows, ids, own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
         teacher_logits = None if teacher_rows is None else logits(teacher_rows, teacher_head)
         options = {"settings": settings, "wanted": names, "factor_dtype": dtype}
         if shard.axes:
@@ -67,7 +63,7 @@ def score_in_chunks(
             gradient = product("nv,vh->nh", factors[name], student_head.astype(dtype))
             found = found | {name: put(found[name], gradient / settings.temperature, start)}
         if weighed:
-            head_gradient += _head_gradient(factors, weigh(new, tuple(own)), rows)
+            head_gradient += _head_gradient(factors, weigh(new, own), rows)
         return scores, found, head_gradient
 
     carry = (

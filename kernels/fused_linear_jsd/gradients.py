@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from unisd_jax.kernels.fused_linear_jsd.dispatch import Options, gradients, score
+from unisd_jax.kernels.fused_linear_jsd.dispatch import Options, gradients, log_probs_on_chip, score
 from unisd_jax.kernels.fused_linear_jsd.rows import RowScores
 from unisd_jax.kernels.fused_linear_jsd.types import Operands
 
@@ -19,6 +19,8 @@ def score_tokens(options: Options, operands: Operands) -> RowScores:
     With a frozen head the first score's jacobian is formed with the scores, and its gradient then costs no product
     more. With a head that is trained, or for the other scores, the logits are formed again, block by block.
     """
+    if options.settings.alpha is None and options.implementation == "pallas_gpu":
+        return log_probs_on_chip(options, operands)
     return score(options, operands).scores._replace(statistics=None)
 
 

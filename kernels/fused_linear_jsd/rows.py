@@ -64,6 +64,12 @@ class Shard(NamedTuple):
         total = jnp.sum(values, axis=-1)
         return jax.lax.psum(total, self.axes) if self.axes else total
 
+    def sums(self, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Two sums in one reduction, as the parts of a complex number: what they share is formed once and not kept."""
+        total = jnp.sum(jax.lax.complex(first, second), axis=-1)
+        total = jax.lax.psum(total, self.axes) if self.axes else total
+        return jnp.real(total), jnp.imag(total)
+
     def max(self, values: jax.Array) -> jax.Array:
         """Maximum over the whole vocabulary of [n, V] values."""
         largest = jnp.max(values, axis=-1)
@@ -107,7 +113,7 @@ def score_rows(
         teacher_normaliser = log_normaliser(teacher_scaled, shard)
         lt = log_probs(teacher_scaled, teacher_normaliser)
         terms = divergence_terms(ls, lt, settings)
-        divergence, influence = shard.sum(terms.entries), shard.sum(terms.influence)
+        divergence, influence = shard.sums(terms.entries, terms.influence)
         if settings.entry_ceiling is not None:
             capped = shard.sum(terms.capped.astype(jnp.float32)) > 0
         teacher_logp = at_targets(teacher_scaled, targets, settings, shard) - teacher_normaliser
@@ -184,25 +190,22 @@ def divergence_terms(ls: jax.Array, lt: jax.Array, settings: Settings) -> Diverg
     * alpha = 0: e = q log(q/p), x = −q
     * alpha = 1: e = p log(p/q), x = p (1 + log(p/q))
     * between, with m = (1−alpha) p + alpha q: e = alpha q log(q/m) + (1−alpha) p log(p/m), x = (1−alpha) p log(p/m)
-
-    At the end points p − q (which sums to 0) is added with the sign that makes the sum insensitive to rounding of the
-    normalisers.
     """
     alpha, gap = settings.alpha, ls - lt
-    if alpha == 0:
-        p, q = jnp.exp(ls), jnp.exp(lt)
-        entries, influence, vanishing = -q * gap, -q, p - q
-    elif alpha == 1:
-        p, q = jnp.exp(ls), jnp.exp(lt)
-        entries, influence, vanishing = p * gap, p * (1 + gap), q - p
+    ahead, fall = gap >= 0, -jnp.abs(gap)
+    # The smaller of p and q from the larger, and their difference from expm1: where the two are close, the sum is far
+    # smaller than its entries, and errors of p and q that had nothing to do with each other would remain.
+    larger, ratio = jnp.exp(jnp.maximum(ls, lt)), _expm1(fall)
+    smaller = larger * (1 + ratio)
+    p, q = jnp.where(ahead, larger, smaller), jnp.where(ahead, smaller, larger)
+    if alpha == 0 or alpha == 1:
+        p_minus_q = jnp.where(ahead, -larger, larger) * ratio
+        entries, influence = (-q * gap, -q) if alpha == 0 else (p * gap, p * (1 + gap))
+        # Without a cap the differences add up to 0, and the sum no longer depends on the normalisers' rounding.
+        vanishing = p_minus_q if alpha == 0 else -p_minus_q
     else:
-        # log(p/m) = −log(1 + alpha (q/p − 1)), with the larger of p and q below the line so that nothing overflows.
-        ahead = gap >= 0
-        ratio = jnp.expm1(-jnp.abs(gap))
-        p, q = jnp.exp(ls), jnp.exp(lt)
-        rise = -jnp.log1p(jnp.where(ahead, alpha, 1 - alpha) * ratio)
-        log_p_over_m = jnp.where(ahead, rise, rise + gap)
-        log_q_over_m = jnp.where(ahead, rise - gap, rise)
+        above, below = _log_over_mixture(fall, ratio, jnp.where(ahead, alpha, 1 - alpha))
+        log_p_over_m, log_q_over_m = jnp.where(ahead, above, below), jnp.where(ahead, below, above)
         influence = (1 - alpha) * p * log_p_over_m
         entries, vanishing = alpha * q * log_q_over_m + influence, 0.0
     if settings.entry_ceiling is None:
@@ -210,6 +213,33 @@ def divergence_terms(ls: jax.Array, lt: jax.Array, settings: Settings) -> Diverg
     capped = entries > settings.entry_ceiling
     entries = jnp.where(capped, settings.entry_ceiling, entries)
     return DivergenceTerms(entries, jnp.where(capped, 0.0, influence), p, capped)
+
+
+def _log_over_mixture(fall: jax.Array, ratio: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log(larger/m) and log(smaller/m) for m = larger · (1 + share · ratio), smaller = larger · (1 + ratio).
+
+    `fall` is log(smaller/larger). Near 0 both are of the order of `fall` while what is looked for is of the order of
+    its square, so there they come from a series of their own and not from a difference of logarithms.
+    """
+    above = -jnp.log(1 + share * ratio)
+    near_above = -_double_artanh(share * ratio / (2 + share * ratio))
+    near_below = _double_artanh((1 - share) * ratio / (2 + (1 + share) * ratio))
+    near = ratio > -0.25
+    return jnp.where(near, near_above, above), jnp.where(near, near_below, fall + above)
+
+
+def _expm1(x: jax.Array) -> jax.Array:
+    """exp(x) − 1 for x <= 0; written out because Pallas has expm1 on no TPU and no Hopper GPU."""
+    series = 1 / 40320
+    for divisor in (5040, 720, 120, 24, 6, 2, 1):
+        series = series * x + 1 / divisor
+    return jnp.where(x > -0.5, series * x, jnp.exp(x) - 1)
+
+
+def _double_artanh(x: jax.Array) -> jax.Array:
+    """2 artanh(x) = log((1 + x) / (1 − x)) for |x| < 1/7."""
+    square = x * x
+    return 2 * x * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))))
 
 
 def at_targets(scaled: jax.Array, targets: jax.Array, settings: Settings, shard: Shard = WHOLE) -> jax.Array:

@@ -12,17 +12,17 @@ class TokenScores(NamedTuple):
     """One number per token, [N], in nats and float32 (the flags are bool); 0 or False where the mask is off.
 
     `clipped_divergence` is min(divergence, κ), `clipped` says where κ acted; without a clip they are `divergence` and
-    False. `entry_capped` says where the entry ceiling acted and is None without one. Gradients flow through
-    `divergence`, `clipped_divergence`, `student_logp` and `student_entropy`, to the student's hidden states and head;
-    nothing flows to the teacher.
+    False. `entry_capped` says where the entry ceiling acted and is None without one. Without a teacher, what needs one
+    is None. Gradients flow through `divergence`, `clipped_divergence`, `student_logp` and `student_entropy`, to the
+    student's hidden states and head; nothing flows to the teacher.
     """
 
-    divergence: jax.Array
+    divergence: jax.Array | None
     student_logp: jax.Array
-    teacher_logp: jax.Array
+    teacher_logp: jax.Array | None
     student_entropy: jax.Array
-    clipped_divergence: jax.Array
-    clipped: jax.Array
+    clipped_divergence: jax.Array | None
+    clipped: jax.Array | None
     entry_capped: jax.Array | None = None
 
 

@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.chat import Chat
 from unisd_jax.eval.runner import fixed_batches, greedy_replies
-from unisd_jax.losses import token_divergence
-from unisd_jax.models import Model, completion_hidden
+from unisd_jax.models import Model, completion_hidden, divergence_scores
 from unisd_jax.rollout import RolloutEngine
 from unisd_jax.types import Completions, Prompts
 
@@ -75,8 +74,10 @@ def _token_jsd(
     *,
     model: Model,
 ) -> Float[Array, "B T"]:
-    def logits(params):
+    def states(params):
         hidden = completion_hidden(model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask))
-        return model.logits(params, hidden)
+        return hidden, model.head(params)
 
-    return token_divergence(logits(trained), logits(base), alpha=0.5)
+    return divergence_scores(
+        *states(trained), *states(base), ids, mask, alpha=0.5, options=model.head_options
+    ).divergence

@@ -15,6 +15,7 @@ from unisd_jax.kernels.fused_linear_jsd import (  # noqa: E402
     Layout,
     TokenScores,
     fused_linear_jsd,
+    fused_linear_jsd_jacobians,
     fused_linear_jsd_loss,
     fused_linear_jsd_value_and_grad,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "LogprobScores",
     "TokenScores",
     "fused_linear_jsd",
+    "fused_linear_jsd_jacobians",
     "fused_linear_jsd_loss",
     "fused_linear_jsd_value_and_grad",
     "fused_linear_logprob",

@@ -193,14 +193,14 @@ def agreement_weights(
 
 def objective(
     scores: TokenScores,
-    student_hidden: Float[Array, "B T H"],
+    student_hidden: Float[Array, "B T H"] | None,
     teacher: TeacherScores,
     mask: Bool[Array, "B T"],
     plan: TokenPlan,
     *,
     settings: Objective,
 ) -> dict[str, Float[Array, ""]]:
-    """The terms by name, each with its weight in it; the loss is their sum.
+    """The terms by name, each with its weight in it; the loss is their sum. Only matching looks at `student_hidden`.
 
     * divergence: Σ c · min(D, κ), or nll: −Σ c · log p_S(token)
     * contrast: λ · Σ a · hinge

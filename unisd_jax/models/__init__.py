@@ -3,7 +3,11 @@
 from unisd_jax.models.config import ModelConfig as ModelConfig
 from unisd_jax.models.decoder import KVCache as KVCache
 from unisd_jax.models.decoder import Model as Model
-from unisd_jax.models.decoder import head_logits as head_logits
+from unisd_jax.models.head import HeadOptions as HeadOptions
+from unisd_jax.models.head import divergence_scores as divergence_scores
+from unisd_jax.models.head import head_logits as head_logits
+from unisd_jax.models.head import sampled_token_scores as sampled_token_scores
+from unisd_jax.models.head import scores_with_jacobians as scores_with_jacobians
 from unisd_jax.models.hf_io import hf_tensors as hf_tensors
 from unisd_jax.models.hf_io import load_hf as load_hf
 from unisd_jax.models.hf_io import read_config as read_config
@@ -17,5 +21,4 @@ from unisd_jax.models.scoring import completion_hidden as completion_hidden
 from unisd_jax.models.scoring import completion_scores as completion_scores
 from unisd_jax.models.scoring import join_rows as join_rows
 from unisd_jax.models.scoring import map_rows as map_rows
-from unisd_jax.models.scoring import sampled_token_scores as sampled_token_scores
 from unisd_jax.models.scoring import split_rows as split_rows

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unisd_jax.models.attention import attention, causal, causal_attention, rotary_angles, rotate
 from unisd_jax.models.config import ModelConfig
+from unisd_jax.models.head import HeadOptions, head_logits
 from unisd_jax.models.lora import TARGETS, Dropout, Lora, LoraFactors, low_rank_product
 
 
@@ -154,7 +155,16 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, ids, positions, attend, *, lora: Lora | None, cache: KVCache | None, slot, dropout: Dropout | None = None
+        self,
+        ids,
+        positions,
+        attend,
+        *,
+        lora: Lora | None,
+        cache: KVCache | None,
+        slot,
+        dropout: Dropout | None = None,
+        remat: bool = False,
     ):
         x = self.embed.weight[...][ids]
         angles = rotary_angles(positions, self.config)
@@ -170,16 +180,24 @@ class Decoder(nnx.Module):
         # The layers return their new keys and values only, and the cache is written once: written layer by layer inside
         # the scan, XLA's CPU backend copies the whole cache for every layer.
         layers = jnp.arange(self.config.num_layers)
+        # A scan's body is compiled apart from what follows, so nothing needs to be kept from merging the two passes.
+        layer_step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
         x, new = jax.lax.scan(layer_step, x, (stacked, factors, cache, layers))
         return self.norm(x), None if cache is None else insert(cache, new, slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder without its weights. Hashable: pass it to jit as a static argument."""
+    """A decoder without its weights. Hashable: pass it to jit as a static argument.
+
+    `head_options` say how scores are formed from hidden states, `remat` whether a gradient computes each layer again
+    instead of keeping its values; they change no number but for rounding.
+    """
 
     config: ModelConfig
     graph: nnx.GraphDef
+    head_options: HeadOptions = HeadOptions()
+    remat: bool = False
 
     @classmethod
     def build(cls, config: ModelConfig, *, dtype: Any = jnp.float32) -> tuple["Model", dict[str, Any]]:
@@ -208,7 +226,7 @@ class Model:
         acts on the inputs of the adapters, where the student is trained; None everywhere else.
         """
         hidden, _ = nnx.merge(self.graph, params)(
-            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None, dropout=dropout
+            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None, dropout=dropout, remat=self.remat
         )
         return hidden
 
@@ -236,11 +254,6 @@ class Model:
         """Room for `length` tokens of `batch` sequences."""
         shape = (self.config.num_layers, batch, self.config.num_kv_heads, length, self.config.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def head_logits(hidden: Float[Array, "*B H"], head: Float[Array, "V H"]) -> Float[Array, "*B V"]:
-    """Next-token logits in float32."""
-    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
 def token_positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:

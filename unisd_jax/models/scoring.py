@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from unisd_jax.kernels.fused_linear_logprob import LogprobScores, fused_linear_logprob
+from unisd_jax.kernels import LogprobScores
 from unisd_jax.models.decoder import Model
+from unisd_jax.models.head import sampled_token_scores
 from unisd_jax.models.lora import Dropout, Lora
 from unisd_jax.types import Completions, Prompts
 
@@ -27,14 +28,6 @@ def completion_hidden(
     return model.hidden(params, ids, mask, lora=lora, dropout=dropout)[:, prompts.ids.shape[1] - 1 :]
 
 
-def sampled_token_scores(
-    hidden: Float[Array, "*B H"], head: Float[Array, "V H"], ids: Int[Array, "*B"], *, temperature: float = 1.0
-) -> LogprobScores:
-    """Log-prob of each given token and the entropy at its place, in chunks and without gradient; shaped like `ids`."""
-    scores = fused_linear_logprob(hidden.reshape(-1, hidden.shape[-1]), head, ids.reshape(-1), temperature=temperature)
-    return jax.tree.map(lambda values: values.reshape(ids.shape), scores)
-
-
 def completion_scores(
     model: Model,
     params: dict[str, Any],
@@ -46,7 +39,10 @@ def completion_scores(
 ) -> LogprobScores:
     """`sampled_token_scores` of a view's completion tokens, each field [B, T]."""
     hidden = completion_hidden(model, params, lora, prompts, completions)
-    return sampled_token_scores(hidden, model.head(params), completions.ids, temperature=temperature)
+    return sampled_token_scores(
+        hidden, model.head(params), completions.ids, completions.mask, temperature=temperature,
+        options=model.head_options,
+    )  # fmt: skip
 
 
 def map_rows(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from unisd_jax.losses import Objective, Spread, TeacherScores, add_views, no_views, spread_disagreement, view_values
 from unisd_jax.models import Lora, Model, completion_hidden, map_rows, sampled_token_scores
@@ -31,6 +31,13 @@ class Network(NamedTuple):
     @property
     def head(self) -> Float[Array, "V H"]:
         return self.model.head(self.params)
+
+    def logps(
+        self, hidden: Float[Array, "*B H"], ids: Int[Array, "*B"], mask: Bool[Array, "*B"], temperature: float = 1.0
+    ) -> Float[Array, "*B"]:
+        """Log-probs of given tokens at hidden states, without gradient; 0 where the mask is off."""
+        options = self.model.head_options
+        return sampled_token_scores(hidden, self.head, ids, mask, temperature=temperature, options=options).logp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,7 @@ def score_primary_and_negative(
         if not contrast:
             return TeacherScores(hidden)
         positive, wrong = (
-            sampled_token_scores(states, teacher.head, completions.ids, temperature=settings.temperature).logp
+            teacher.logps(states, completions.ids, completions.mask, settings.temperature)
             for states in (hidden, teacher.hidden(negative, completions))
         )
         return TeacherScores(hidden if needs_hidden else None, positive, wrong)
@@ -158,7 +165,7 @@ def _stream(teacher: Network, contexts: Contexts, completions, mask, spread: Spr
         repeated = jax.tree.map(lambda x: jnp.repeat(x, step, axis=0), completions)
         prompts = Prompts(*jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), group))
         hidden = teacher.hidden(prompts, repeated)
-        logps = sampled_token_scores(hidden, teacher.head, repeated.ids).logp
+        logps = teacher.logps(hidden, repeated.ids, repeated.mask)
         return logps.reshape(-1, step, logps.shape[-1])
 
     def add(spread, group):
@@ -197,7 +204,7 @@ def _token_budget(teacher, contexts, completions, mask, spread, signal, settings
     def add(spread, group):
         prompts = Prompts(*jax.tree.map(lambda x: x[:, 0], group))
         hidden = map_rows(lambda rows: teacher.hidden(*rows), (prompts, completions), scoring.micro_batches)
-        logps = sampled_token_scores(hidden.reshape(-1, hidden.shape[-1])[places], teacher.head, ids).logp
+        logps = teacher.logps(hidden.reshape(-1, hidden.shape[-1])[places], ids, chosen)
         return add_views(spread, view_values(logps[None, None], chosen[None], level="token")[:, 0]), None
 
     spread, _ = jax.lax.scan(add, spread, _groups(contexts, 1))
