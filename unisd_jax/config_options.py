@@ -198,6 +198,7 @@ class TrainOptions:
     steps: int = 100
     batch_size: int = 16
     micro_batches: int = 1
+    remat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]
     test, _ = _tokenize(config, chat, items["test"], questions, overlong="error")
     model, base = load()
-    model = dataclasses.replace(model, head_options=scoring)
+    model = dataclasses.replace(model, head_options=scoring, remat=config.train.remat)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
         schedule=config.optimizer.schedule, zero_first_rate=config.optimizer.zero_first_rate,

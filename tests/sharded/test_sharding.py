@@ -1,5 +1,6 @@
 """One device or eight, however they are arranged: the same loss, the same weights, each device with its own part."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,11 @@ from jax.sharding import PartitionSpec
 
 from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.losses import Agreement, Objective
-from unisd_jax.models import load_hf, save_hf
+from unisd_jax.models import HeadOptions, load_hf, save_hf
 from unisd_jax.models.layout import leaf_spec, path_name, place, tree_shardings
 from unisd_jax.optim import adamw
 from unisd_jax.parallel.mesh import AXES, build_mesh
-from unisd_jax.parallel.sharding import batch_sharding, jit_step, replicated
+from unisd_jax.parallel.sharding import batch_sharding, head_layout, jit_step, replicated
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state, train_step
 from unisd_jax.types import Contexts
@@ -47,9 +48,14 @@ def all_views():
     return views._replace(contexts=contexts, negative=toys.left_padded(rng, 8, 8))
 
 
-def two_steps(kind, mesh, settings=SETTINGS):
-    """(states after each step, metrics of the second) from a state and a batch laid out over `mesh`."""
+def two_steps(kind, mesh, settings=SETTINGS, *, divided=True):
+    """(states after each step, metrics of the second) from a state and a batch laid out over `mesh`.
+
+    `divided`: the head's tokens and vocabulary too, as a run does, and not as the compiler sees fit.
+    """
     model, params = toy()
+    layout = head_layout(mesh) if divided else None
+    model = dataclasses.replace(model, head_options=HeadOptions(layout=layout))
     base = place(params, mesh)
     # Copies: the step takes over the memory of its state.
     state = place(init_state(jax.tree.map(jnp.copy, student(kind)), OPTIMIZER, settings), mesh)
@@ -89,6 +95,21 @@ def test_any_mesh_computes_what_one_device_computes(kind, shape):
     wanted = tree_shardings(state, mesh)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_a_head_that_is_left_to_the_compiler_computes_the_same():
+    expected, expected_metrics = reference("full")
+    state, metrics = two_steps("full", build_mesh(2, 2, 2), divided=False)
+    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-4)
+    toys.assert_trees_close(jax.device_get(state).student, expected.student, atol=5e-5)
+
+
+def test_the_head_is_divided_as_the_batch_and_the_output_matrix_are():
+    assert head_layout(build_mesh()) is None
+    divided = {(8, 1, 1): (("data",), ()), (2, 2, 2): (("data", "fsdp"), ("tensor",)), (1, 1, 4): ((), ("tensor",))}
+    for shape, (tokens, vocab) in divided.items():
+        layout = head_layout(build_mesh(*shape))
+        assert (layout.tokens, layout.vocab) == (tokens, vocab)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)

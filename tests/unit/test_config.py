@@ -398,6 +398,8 @@ _OUT_OF_RANGE = {
     "mesh.data": ["0", "-1"],
     "mesh.fsdp": ["0"],
     "mesh.tensor": ["0"],
+    "head.chunk_size": ["0"],
+    "head.vocab_block": ["0"],
     "evaluation.batch_size": ["0"],
     "evaluation.max_completion_length": ["0"],
     "evaluation.drift_tokens": ["-1"],
@@ -593,6 +595,7 @@ def test_the_hash_names_the_numbers_only(write):
         "objective.agreement.budget.signal": "spread", "objective.importance.level": "token",
         "rollout.source": "base", "rollout.stop": "tokenizer",
         "optimizer.schedule": "constant", "evaluation.enabled": "false",
+        "head.implementation": "chunked",
         "train.micro_batches": "2", "mesh.data": "2", "mesh.fsdp": "2",
     }  # fmt: skip
     original = config_hash(load_config(everything))

@@ -13,7 +13,15 @@ import pytest
 import toys
 
 from unisd_jax.losses import Agreement, Objective, agreement_weights, masked_mean
-from unisd_jax.models import Dropout, completion_hidden, completion_scores, head_logits, sampled_token_scores
+from unisd_jax.models import (
+    Dropout,
+    HeadOptions,
+    completion_hidden,
+    completion_scores,
+    head_logits,
+    sampled_token_scores,
+)
+from unisd_jax.models import head as models_head
 from unisd_jax.random import purpose_key
 from unisd_jax.step import StepSettings, init_state, loss_and_gradients, student_scores, train_step
 from unisd_jax.teacher import scoring
@@ -322,16 +330,65 @@ def test_only_the_needed_teacher_passes_are_run(passes, settings, bodies, heads)
     assert sorted(passes["bodies"]) == sorted(bodies) and passes["heads"] == heads
 
 
-def test_matching_alone_needs_no_logits_at_all(monkeypatch):
-    """Neither the teacher's distribution nor a student's that would need a gradient."""
+@pytest.mark.parametrize(
+    ("objective", "taught", "jacobians"),
+    [
+        (Objective("none", matching_weight=1.0), False, ()),
+        (Objective("nll"), False, ("student_logp",)),
+        (Objective(), True, ("divergence",)),
+        (Objective(contrast_weight=1.0), True, ("divergence", "student_logp")),
+    ],
+    ids=["matching", "nll", "divergence", "contrast"],
+)
+def test_only_the_needed_products_with_the_head_are_made(monkeypatch, objective, taught, jacobians):
+    """Neither the teacher's distribution nor a jacobian of the student's scores that no term asks for."""
+    seen = []
 
-    def refuse(*args, **options):
-        raise AssertionError("logits were formed")
+    def scores_with_jacobians(*arrays, **options):
+        seen.append((arrays[2] is not None, options["jacobians"]))
+        return models_head.scores_with_jacobians(*arrays, **options)
 
-    monkeypatch.setattr("unisd_jax.step.head_logits", refuse)
-    trace(StepSettings(Objective("none", matching_weight=1.0)))
-    with pytest.raises(AssertionError, match="logits were formed"):
-        trace(switched(()))
+    monkeypatch.setattr("unisd_jax.head_pass.scores_with_jacobians", scores_with_jacobians)
+    trace(StepSettings(objective))
+    assert seen == [(taught, jacobians)]
+
+
+def test_computing_layers_again_changes_the_memory_and_not_the_gradients():
+    model, params = toys.random_model(num_layers=4)
+    views, settings = toys.random_views(batch=8, student=60, teacher=9, completion=40), StepSettings(Objective())
+    student = toys.random_lora(params)
+
+    def run(model):
+        def gradients(student, views):
+            teacher = Network(model, params, None)
+            return loss_and_gradients(student, teacher, params, views, settings=settings)[0]
+
+        compiled = jax.jit(gradients).lower(student, views).compile()
+        return compiled(student, views), compiled.memory_analysis().temp_size_in_bytes
+
+    (kept, much), (again, little) = run(model), run(dataclasses.replace(model, remat=True))
+    toys.assert_trees_close(again, kept, atol=1e-6)
+    assert little < 0.7 * much
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    "objective",
+    [STAR, Objective("nll"), dataclasses.replace(STAR, top_entropy=0.5), Objective(alpha=0.5, entry_ceiling=0.1)],
+    ids=["star", "nll", "entropy mask", "entry ceiling"],
+)
+def test_no_step_holds_the_logits_of_more_than_a_chunk(kind, objective):
+    model, params = toys.random_model()
+    chunk = 4
+    model = dataclasses.replace(model, head_options=HeadOptions(chunk_size=chunk))
+    views = all_views()
+    tokens, vocab = views.completions.ids.size, model.config.vocab_size
+    settings = StepSettings(objective)
+    student = toys.random_lora(params, targets=("q",)) if kind == "lora" else params
+    step = functools.partial(train_step, model=model, optimizer=optax.sgd(0.1), settings=settings)
+    found = shapes(jax.make_jaxpr(step)(init_state(student, optax.sgd(0.1), settings), params, views).jaxpr)
+    largest = max(math.prod(shape) // vocab for shape in found if shape[-1:] == (vocab,))
+    assert largest <= chunk < tokens
 
 
 def shapes(jaxpr):

@@ -226,8 +226,9 @@ class Model:
         acts on the inputs of the adapters, where the student is trained; None everywhere else.
         """
         hidden, _ = nnx.merge(self.graph, params)(
-            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None, dropout=dropout, remat=self.remat
-        )
+            ids, token_positions(mask), causal(mask), lora=lora, cache=None, slot=None, dropout=dropout,
+            remat=self.remat,
+        )  # fmt: skip
         return hidden
 
     def extend(
