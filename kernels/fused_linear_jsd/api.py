@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from unisd_jax.kernels.fused_linear_jsd import gradients, reference
+from unisd_jax.kernels.fused_linear_jsd.clip import clip, find_ceiling
 from unisd_jax.kernels.fused_linear_jsd.dispatch import Options, score
 from unisd_jax.kernels.fused_linear_jsd.rows import RowScores, Settings
 from unisd_jax.kernels.fused_linear_jsd.types import Layout, Operands, TokenScores
@@ -103,7 +104,7 @@ def fused_linear_jsd(
         scores = reference.score_tokens(operands, options.settings)
     else:
         scores = gradients.score_tokens(options, operands)
-    ceiling = gradients.find_ceiling(jax.lax.stop_gradient(scores.divergence), mask, ceiling, quantile)
+    ceiling = find_ceiling(scores.divergence, mask, ceiling, quantile)
     return _token_scores(scores, ceiling, mask)
 
 
@@ -131,8 +132,8 @@ def fused_linear_jsd_loss(
     weights = _masked_weights(weights, targets, mask)
     if prepared.implementation == "reference":
         scores = reference.score_tokens(operands, prepared.settings)
-        ceiling = gradients.find_ceiling(scores.divergence, mask, ceiling, quantile)
-        loss = jnp.sum(weights * gradients.clip(scores.divergence, ceiling))
+        ceiling = find_ceiling(scores.divergence, mask, ceiling, quantile)
+        loss = jnp.sum(weights * clip(scores.divergence, ceiling))
     else:
         loss, scores, ceiling = gradients.weighted_divergence(prepared, quantile, operands, weights, ceiling)
     return loss, jax.lax.stop_gradient(_token_scores(scores, ceiling, mask))
@@ -208,7 +209,7 @@ def fused_linear_jsd_jacobians(
     mask = options.get("mask")
     result = score(prepared, operands, beside, jacobians=jacobians, weighed=weighed, weigh=weigh)
     if teacher_hidden is not None:
-        ceiling = gradients.find_ceiling(result.scores.divergence, mask, ceiling, options.get("quantile"))
+        ceiling = find_ceiling(result.scores.divergence, mask, ceiling, options.get("quantile"))
     return _token_scores(result.scores, ceiling, mask), result.jacobians, result.head_gradient
 
 
@@ -225,7 +226,7 @@ def _token_scores(scores: RowScores, ceiling, mask) -> TokenScores:
     clipped = jnp.zeros(scores.divergence.shape, bool) if ceiling is None else scores.divergence > ceiling
     if mask is not None:
         clipped &= mask
-    values = gradients.clip(scores.divergence, None if ceiling is None else jnp.where(clipped, ceiling, jnp.inf))
+    values = clip(scores.divergence, ceiling)
     return TokenScores(
         scores.divergence, scores.student_logp, scores.teacher_logp, scores.student_entropy, values, clipped,
         scores.entry_capped,
@@ -264,7 +265,12 @@ def _prepare(
     if quantile is not None and not 0 < quantile <= 1:
         raise ValueError(f"quantile is {quantile}; expected a number in (0, 1]")
     if ceiling is not None:
-        ceiling = jax.lax.stop_gradient(jnp.broadcast_to(jnp.asarray(ceiling, jnp.float32), targets.shape))
+        ceiling = jnp.asarray(ceiling, jnp.float32)
+        if ceiling.shape not in ((), targets.shape):
+            raise ValueError(
+                f"ceiling has shape {ceiling.shape}; expected one number, or one per token {targets.shape}"
+            )
+        ceiling = jnp.broadcast_to(ceiling, targets.shape)
     operands = Operands(
         student_hidden, student_head, *jax.lax.stop_gradient((teacher_hidden, teacher_head)), targets, mask
     )

@@ -7,6 +7,7 @@ from unisd_jax.kernels.fused_linear_jsd.chunked import gradient_dtype, logits, n
 from unisd_jax.kernels.fused_linear_jsd.rows import (
     LOG_ZERO,
     WHOLE,
+    Normaliser,
     RowScores,
     Settings,
     Shard,
@@ -16,6 +17,7 @@ from unisd_jax.kernels.fused_linear_jsd.rows import (
     factors,
     log_probs,
     scale,
+    subtract,
 )
 from unisd_jax.kernels.fused_linear_jsd.tokens import count_tokens, for_each_chunk, padded_size
 from unisd_jax.kernels.fused_linear_jsd.types import Operands, Result
@@ -53,9 +55,10 @@ def gradients_in_blocks(
     block: int,
     chunk_size: int | None = None,
     head_gradient: bool,
+    head_dtype=None,
     shard: Shard = WHOLE,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Σ_k c_k ∂score_k/∂hidden [N, H] in float32 and, if asked for, its sum's gradient to the head in the head's dtype.
+    """Σ_k c_k ∂score_k/∂hidden [N, H] in float32 and, if asked for, the gradient of its sum to the head.
 
     One sweep: a block of the vocabulary meets all tokens before the next one, so its part of the head's gradient is
     summed in float32 and never needs a float32 array of the whole head. Four products per token, three without head.
@@ -68,6 +71,7 @@ def gradients_in_blocks(
       block: columns at a time.
       chunk_size: tokens at a time.
       head_gradient: whether to compute the head's.
+      head_dtype: of the head's gradient; None: the head's own.
       shard: the part of the vocabulary that the heads here are.
     """
     tokens, sizes, room, (hidden, teacher_hidden, targets) = _prepare(operands, chunk_size, shard)
@@ -97,10 +101,13 @@ def gradients_in_blocks(
         own_gradient = jnp.zeros((width, head.shape[1]), jnp.float32) if head_gradient else None
         (total, own_gradient), _ = for_each_chunk(chunk, (total, own_gradient), tokens.number, sizes)
         if head_gradient:
-            head_total = put(head_total, own_gradient.astype(head.dtype), first)
+            head_total = put(head_total, own_gradient.astype(head_total.dtype), first)
         return total, head_total
 
-    start = jnp.zeros((room, head.shape[1]), jnp.float32), jnp.zeros_like(head) if head_gradient else None
+    start = (
+        jnp.zeros((room, head.shape[1]), jnp.float32),
+        jnp.zeros(head.shape, head_dtype or head.dtype) if head_gradient else None,
+    )
     total, head_total = _over_blocks(one_block, start, head.shape[0], block)
     if shard.axes:
         total = jax.lax.psum(total, shard.axes)
@@ -127,7 +134,7 @@ def _normalisers(rows, teacher_rows, operands: Operands, settings: Settings, blo
         if shard.axes:
             whole = jax.lax.pmax(largest, shard.axes)
             largest, total = whole, jax.lax.psum(total * jnp.exp(largest - whole), shard.axes)
-        found.append(largest + jnp.log(total))
+        found.append(Normaliser(largest, jnp.log(total)))
     return (*found, None)[:2]
 
 
@@ -162,8 +169,8 @@ def _sums(rows, teacher_rows, ids, normalisers, operands: Operands, settings: Se
     zeros = {name: jnp.zeros(rows.shape[0], jnp.float32) for name in names}
     sums = _over_blocks(add, zeros, operands.student_head.shape[0], block)
     sums = jax.lax.psum(sums, shard.axes) if shard.axes else sums
-    logp = jnp.where(owned, sums["logp"] - own_normaliser, jnp.nan)
-    taught = None if teacher_rows is None else jnp.where(owned, sums["taught"] - taught_normaliser, jnp.nan)
+    logp = jnp.where(owned, subtract(sums["logp"], own_normaliser), jnp.nan)
+    taught = None if teacher_rows is None else jnp.where(owned, subtract(sums["taught"], taught_normaliser), jnp.nan)
     capped = sums["capped"] > 0 if "capped" in sums else None
     statistics = Statistics(own_normaliser, taught_normaliser, sums.get("influence"))
     return RowScores(sums.get("divergence"), logp, taught, sums["entropy"], capped, statistics)

@@ -6,7 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unisd_jax.kernels.fused_linear_jsd.rows import WHOLE, RowScores, Settings, Shard, Statistics, score_rows
+from unisd_jax.kernels.fused_linear_jsd.rows import (
+    WHOLE,
+    Normaliser,
+    RowScores,
+    Settings,
+    Shard,
+    Statistics,
+    score_rows,
+)
 from unisd_jax.kernels.fused_linear_jsd.tokens import chunk_sizes, count_tokens, for_each_chunk, padded_size
 from unisd_jax.kernels.fused_linear_jsd.types import Operands, Result
 
@@ -111,9 +119,12 @@ def _head_gradient(factors: dict[str, jax.Array], weights: dict[str, jax.Array],
 def no_scores(settings: Settings, size: int) -> RowScores:
     """Room for the scores of `size` tokens."""
     zeros = jnp.zeros(size, jnp.float32)
+    normaliser = Normaliser(zeros, zeros)
     taught = None if settings.alpha is None else zeros
     capped = None if settings.entry_ceiling is None else jnp.zeros(size, bool)
-    return RowScores(taught, zeros, taught, zeros, capped, Statistics(zeros, taught, taught))
+    return RowScores(
+        taught, zeros, taught, zeros, capped, Statistics(normaliser, None if taught is None else normaliser, taught)
+    )
 
 
 def put(values: jax.Array, rows: jax.Array, start) -> jax.Array:

@@ -16,9 +16,6 @@ from unisd_jax.kernels.fused_linear_jsd.rows import RowScores, Settings, Shard, 
 from unisd_jax.kernels.fused_linear_jsd.tokens import chunk_sizes, count_tokens, for_each_chunk, padded_size
 from unisd_jax.kernels.fused_linear_jsd.types import Layout, Operands, Result
 
-# Columns at a time where none are asked for: the backward pass that forms the logits again.
-BLOCK = 8192
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -61,15 +58,21 @@ def score(
 
 
 def gradients(
-    options: Options, operands: Operands, scores: RowScores, weights: dict[str, jax.Array], *, head_gradient: bool
+    options: Options,
+    operands: Operands,
+    scores: RowScores,
+    weights: dict[str, jax.Array],
+    *,
+    head_gradient: bool,
+    head_dtype=None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gradients of Σ_k Σ_t c_kt score_kt from scores with statistics, as `gradients_in_blocks` says."""
 
     def local(operands, rows, settings, shard):
         scores, weights = rows
         hidden, head = gradients_in_blocks(
-            operands, scores, weights, settings=settings, block=options.vocab_block or BLOCK,
-            chunk_size=options.chunk_size, head_gradient=head_gradient, shard=shard,
+            operands, scores, weights, settings=settings, block=options.vocab_block or _block(operands),
+            chunk_size=options.chunk_size, head_gradient=head_gradient, head_dtype=head_dtype, shard=shard,
         )  # fmt: skip
         if shard.token_axes and head_gradient:
             head = jax.lax.psum(head.astype(jnp.float32), shard.token_axes).astype(head.dtype)
@@ -86,8 +89,15 @@ def _score_in_blocks(
     again = functools.partial(gradients_in_blocks, operands, result.scores, settings=settings, shard=shard, **sizes)
     ones = jnp.ones(operands.targets.shape, jnp.float32)
     found = {name: again({name: ones}, head_gradient=False)[0] for name in jacobians}
-    head = again(weigh(result.scores, beside), head_gradient=True)[1] if weighed else None
+    head = None
+    if weighed:
+        _, head = again(weigh(result.scores, beside), head_gradient=True, head_dtype=jnp.float32)
     return result._replace(jacobians=found, head_gradient=head)
+
+
+def _block(operands: Operands) -> int:
+    """Columns at a time where none are asked for, when a backward pass forms the logits again."""
+    return min(8192, max(512, operands.student_head.shape[0] // 8))
 
 
 def _row_pass(options: Options) -> Callable:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from unisd_jax.kernels.fused_linear_jsd.clip import clip, find_ceiling, kept
 from unisd_jax.kernels.fused_linear_jsd.dispatch import Options, gradients, log_probs_on_chip, score
 from unisd_jax.kernels.fused_linear_jsd.rows import RowScores
 from unisd_jax.kernels.fused_linear_jsd.types import Operands
@@ -63,23 +64,6 @@ def weighted_divergence(options: Options, quantile: float | None, operands: Oper
     return jnp.sum(weights * clip(scores.divergence, ceiling)), scores, ceiling
 
 
-def find_ceiling(divergence, mask, ceiling, quantile: float | None):
-    """κ as a number or array, None without clip; the quantile is linear between order statistics."""
-    if quantile is None:
-        return ceiling
-    counted = divergence if mask is None else jnp.where(mask, divergence, jnp.nan)
-    return jax.lax.stop_gradient(jnp.nanquantile(counted, quantile))
-
-
-def clip(divergence, ceiling):
-    """min(D, κ); the gradient is 1 up to and including κ."""
-    return divergence if ceiling is None else jnp.where(divergence <= ceiling, divergence, ceiling)
-
-
-def _kept(divergence, ceiling, weights):
-    return weights if ceiling is None else jnp.where(divergence <= ceiling, weights, 0.0)
-
-
 def weighted_gradients(
     options: Options, quantile: float | None, operands: Operands, weights, ceiling, *, hidden: bool, head: bool
 ):
@@ -87,11 +71,13 @@ def weighted_gradients(
 
     A gradient that is not asked for is None.
     """
+    if options.vocab_block is not None:
+        return _weighted_gradients_in_blocks(options, quantile, operands, weights, ceiling, hidden=hidden, head=head)
     limits = () if quantile is not None or ceiling is None else (ceiling,)
     wanted = ("divergence",)
 
     def weigh(scores, rows):
-        return {"divergence": _kept(scores.divergence, rows[1] if limits else None, rows[0])}
+        return {"divergence": kept(scores.divergence, rows[1] if limits else None, rows[0])}
 
     result = score(
         options, operands, (weights, *limits), jacobians=wanted if hidden else (), weighed=wanted if head else (),
@@ -107,27 +93,40 @@ def weighted_gradients(
         head_gradient -= again.head_gradient
     hidden_gradient = None
     if hidden:
-        hidden_gradient = _kept(divergence, ceiling, weights)[:, None] * result.jacobians["divergence"]
+        hidden_gradient = kept(divergence, ceiling, weights)[:, None] * result.jacobians["divergence"]
     values = clip(divergence, ceiling)
     outputs = jnp.sum(weights * values), result.scores._replace(statistics=None), ceiling
     return outputs, values, hidden_gradient, head_gradient
+
+
+def _weighted_gradients_in_blocks(options: Options, quantile, operands: Operands, weights, ceiling, *, hidden, head):
+    """`weighted_gradients` of the low-memory mode, where the logits are formed again anyway and κ is known by then."""
+    scores = score(options, operands).scores
+    ceiling = find_ceiling(scores.divergence, operands.mask, ceiling, quantile)
+    found = (None, None)
+    if hidden or head:
+        passed = {"divergence": kept(scores.divergence, ceiling, weights)}
+        found = gradients(options, operands, scores, passed, head_gradient=head, head_dtype=jnp.float32)
+    values = clip(scores.divergence, ceiling)
+    outputs = jnp.sum(weights * values), scores._replace(statistics=None), ceiling
+    return outputs, values, found[0] if hidden else None, found[1]
 
 
 def _weighted_forward(options: Options, quantile, operands: Operands, weights, ceiling):
     trained = {"hidden": operands.student_hidden.perturbed, "head": operands.student_head.perturbed}
     operands, weights, ceiling = _values((operands, weights, ceiling))
     outputs, values, hidden, head = weighted_gradients(options, quantile, operands, weights, ceiling, **trained)
-    hidden = None if hidden is None else hidden.astype(operands.student_hidden.dtype)
-    return outputs, (hidden, head, values, jnp.zeros((), operands.student_head.dtype))
+    like = jnp.zeros((), operands.student_hidden.dtype), jnp.zeros((), operands.student_head.dtype)
+    return outputs, (hidden, head, values, like)
 
 
 def _weighted_backward(options: Options, quantile, residuals, cotangents):
-    hidden, head, values, like_head = residuals
+    hidden, head, values, like = residuals
     c = cotangents[0]
     if isinstance(c, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    hidden = None if hidden is None else (c * hidden).astype(hidden.dtype)
-    head = None if head is None else (c * head).astype(like_head.dtype)
+    hidden = None if hidden is None else (c * hidden).astype(like[0].dtype)
+    head = None if head is None else (c * head).astype(like[1].dtype)
     return Operands(hidden, head, None, None, None, None), c * values, None
 
 

@@ -85,7 +85,7 @@ def score_rows(
     scores, factors = _call(job, logits, targets.astype(jnp.int32), factor_dtype, interpret)
     known = (targets >= 0) & (targets < limit)
     scores |= {name: jnp.where(known, scores[name], jnp.nan) for name in scores if name.endswith("_logp")}
-    statistics = rows.Statistics(*(scores.pop(name, None) for name in rows.Statistics._fields))
+    statistics = rows.in_one_number(rows.Statistics(*(scores.pop(name, None) for name in rows.Statistics._fields)))
     scores = rows.RowScores(**{"divergence": None, "teacher_logp": None, "statistics": statistics} | scores)
     return scores, {name: factor.reshape(n, -1)[:, :columns] for name, factor in factors.items()}
 

@@ -78,7 +78,7 @@ def score_rows(
     valid = (targets >= 0) & (targets < settings.vocab_size)
     for name in ("student_logp", "teacher_logp")[: len(logits)]:
         score[name] = jnp.where(valid, score[name], jnp.nan)
-    statistics = rows.Statistics(**{name: score.pop(name) for name in rows.Statistics._fields})
+    statistics = rows.in_one_number(rows.Statistics(**{name: score.pop(name) for name in rows.Statistics._fields}))
     return RowScores(**score, statistics=statistics), dict(zip(wanted, factors, strict=True))
 
 

@@ -124,7 +124,7 @@ def _score_rows(student, teacher, targets, settings, wanted, factor_dtype, inter
     for name in ("student_logp", "teacher_logp"):
         if name in score:
             score[name] = jnp.where(valid, score[name], jnp.nan)
-    statistics = rows.Statistics(*(score.pop(name, None) for name in rows.Statistics._fields))
+    statistics = rows.in_one_number(rows.Statistics(*(score.pop(name, None) for name in rows.Statistics._fields)))
     empty = {"divergence": None, "teacher_logp": None}
     return rows.RowScores(**empty | score, statistics=statistics), dict(zip(wanted, written, strict=True))
 

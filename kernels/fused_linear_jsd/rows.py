@@ -30,12 +30,26 @@ class Settings:
     entry_ceiling: float | None = None
 
 
+class Normaliser(NamedTuple):
+    """log Σ exp as the largest logit and the rest: subtracted one after the other, large logits keep their digits."""
+
+    largest: jax.Array
+    rest: jax.Array
+
+
 class Statistics(NamedTuple):
     """What a factor's columns need beside their own logits: log Σ exp of both, and Σ_v x_v of the divergence."""
 
-    student_normaliser: jax.Array
-    teacher_normaliser: jax.Array | None
+    student_normaliser: Normaliser
+    teacher_normaliser: Normaliser | None
     influence: jax.Array | None
+
+
+def in_one_number(statistics: Statistics) -> Statistics:
+    """Statistics whose normalisers are pairs, from those of a kernel that has each as one number."""
+    student, teacher, influence = statistics
+    pairs = (None if x is None else Normaliser(x, jnp.zeros_like(x)) for x in (student, teacher))
+    return Statistics(*pairs, influence)
 
 
 class RowScores(NamedTuple):
@@ -116,9 +130,9 @@ def score_rows(
         divergence, influence = shard.sums(terms.entries, terms.influence)
         if settings.entry_ceiling is not None:
             capped = shard.sum(terms.capped.astype(jnp.float32)) > 0
-        teacher_logp = at_targets(teacher_scaled, targets, settings, shard) - teacher_normaliser
+        teacher_logp = subtract(at_targets(teacher_scaled, targets, settings, shard), teacher_normaliser)
     statistics = Statistics(normaliser, teacher_normaliser, influence)
-    student_logp = at_targets(scaled, targets, settings, shard) - normaliser
+    student_logp = subtract(at_targets(scaled, targets, settings, shard), normaliser)
     scores = RowScores(divergence, student_logp, teacher_logp, entropy, capped, statistics)
     options = {"settings": settings, "wanted": wanted, "shard": shard}
     # Behind the barrier the factors are formed from the logits again. Shared with the sums above, their parts would be
@@ -152,15 +166,20 @@ def factors(
     return {name: (factor * slope).astype(factor_dtype) for name, factor in found.items()}
 
 
-def log_normaliser(scaled: jax.Array, shard: Shard = WHOLE) -> jax.Array:
+def log_normaliser(scaled: jax.Array, shard: Shard = WHOLE) -> Normaliser:
     """log Σ exp over the whole vocabulary, [n]."""
     largest = shard.max(scaled)
-    return largest + jnp.log(shard.sum(jnp.exp(scaled - largest[:, None])))
+    return Normaliser(largest, jnp.log(shard.sum(jnp.exp(scaled - largest[:, None]))))
 
 
-def log_probs(scaled: jax.Array, normaliser: jax.Array) -> jax.Array:
-    """Log-probs of scaled logits; log 0 is `LOG_ZERO`."""
-    return jnp.maximum(scaled - normaliser[:, None], LOG_ZERO)
+def log_probs(scaled: jax.Array, normaliser: Normaliser) -> jax.Array:
+    """Log-probs of [n, V] scaled logits; log 0 is `LOG_ZERO`."""
+    return jnp.maximum(subtract(scaled, jax.tree.map(lambda x: x[:, None], normaliser)), LOG_ZERO)
+
+
+def subtract(scaled: jax.Array, normaliser: Normaliser) -> jax.Array:
+    """scaled − log Σ exp."""
+    return (scaled - normaliser.largest) - normaliser.rest
 
 
 def scale(logits: jax.Array, settings: Settings, shard: Shard = WHOLE) -> tuple[jax.Array, jax.Array | float]:

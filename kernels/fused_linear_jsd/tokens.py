@@ -58,7 +58,7 @@ def chunk_sizes(total: int, chunk_size: int | None) -> tuple[int, int]:
 
 def padded_size(total: int, sizes: tuple[int, int]) -> int:
     """Room for N tokens in whole small chunks."""
-    return _round_up(total, sizes[1])
+    return _round_up(max(total, 1), sizes[1])
 
 
 def for_each_chunk(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unisd_jax.kernels.fused_linear_jsd.clip import clip
 from unisd_jax.losses.reduce import masked_quantile
 
 # Stands in for log 0: finite, so that 0 · log 0 is 0 and no gradient is NaN, and far below any float32 log-prob.
@@ -113,8 +114,7 @@ def clip_at(
     divergence: Float[Array, "*B"], ceiling: float | Float[Array, ""] | Float[Array, "*B"] | None
 ) -> Float[Array, "*B"]:
     """min(divergence, ceiling) with gradient 1 up to and including the ceiling and 0 above; None: unchanged."""
-    # jnp.minimum would halve the gradient at a tie, which a quantile that is one of the samples does produce.
-    return divergence if ceiling is None else jnp.where(divergence <= ceiling, divergence, ceiling)
+    return clip(divergence, ceiling)
 
 
 def quantile_ceiling(divergence: Float[Array, "B T"], mask: Bool[Array, "B T"], quantile: float) -> Float[Array, ""]:

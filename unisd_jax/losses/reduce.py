@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unisd_jax.kernels.fused_linear_jsd.clip import masked_quantile as quantile_of_tokens
+
 Normalize = Literal["batch", "sequence", "upstream"]
 
 
@@ -61,7 +63,7 @@ def masked_mean(values: Float[Array, "B T"] | Bool[Array, "B T"], mask: Bool[Arr
 
 def masked_quantile(values: Float[Array, "B T"], mask: Bool[Array, "B T"], quantile: float) -> Float[Array, ""]:
     """Quantile over the tokens where `mask` holds, linear between order statistics; NaN if there are none."""
-    return jnp.nanquantile(jnp.where(mask, values.astype(jnp.float32), jnp.nan), quantile)
+    return quantile_of_tokens(values, mask, quantile)
 
 
 def _nonzero(total: Float[Array, ""]) -> Float[Array, ""]:
