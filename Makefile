@@ -4,6 +4,8 @@ VENV ?= .venv
 RUNS ?= runs
 # Extra overrides for both quickstart trainings, as in QUICKSTART_ARGS="--data.test_limit=80".
 QUICKSTART_ARGS ?=
+# For scripts/aot_kernels.py, as in AOT_ARGS="--quick --targets h200".
+AOT_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 python := $(VENV)/bin/python
@@ -17,12 +19,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-real lint clean
+.PHONY: help quickstart test test-real aot lint clean
 
 help:
 	@echo 'make quickstart  SmolLM2-135M teaches itself on this CPU: installs, converts, trains, evaluates, compares with sft'
 	@echo 'make test        installs what the tests need and runs them'
 	@echo 'make test-real   the tests that need the checkpoint which quickstart converts'
+	@echo 'make aot         compiles kernels and a 7B step for GPU and TPU without having any, and checks their memory (5 GB of wheels)'
 	@echo 'make lint        ruff: rules and formatting'
 	@echo 'make clean       removes the environment and caches; models/ and runs/ stay'
 	@echo 'Variables: PYTHON=python3.12 (3.11 or newer), VENV=.venv, RUNS=runs, QUICKSTART_ARGS="--train.steps=8"'
@@ -41,12 +44,18 @@ test-real: $(VENV)/.installed-dev
 	@mkdir -p .cache
 	UNISD_SMOLLM2=$(CURDIR)/models/smollm2-135m-instruct $(pytest) -m real_model
 
+# In an environment of its own: with these wheels jax would look for a GPU and a TPU in every other target.
+aot:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-aot $(VENV)-aot/.installed-aot
+	$(VENV)-aot/bin/python scripts/aot_kernels.py --require $(AOT_ARGS)
+	$(VENV)-aot/bin/python scripts/aot_step.py --require --train.micro_batches=2
+
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 
 clean:
-	rm -rf .venv .venv-ci .venv-ci-312 .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-aot .venv-ci .venv-ci-aot .venv-ci-312 .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find unisd_jax kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras: an install is repeated only when the requirements have changed.

@@ -119,15 +119,21 @@ def score_rows(
     """
     scaled, _ = scale(student, settings, shard)
     normaliser = log_normaliser(scaled, shard)
-    ls, lt = log_probs(scaled, normaliser), None
+    ls = log_probs(scaled, normaliser)
     teacher_normaliser = divergence = influence = capped = teacher_logp = None
-    entropy = shard.sum(-jnp.exp(ls) * ls)
-    if teacher is not None:
+    if teacher is None:
+        entropy = shard.sum(-jnp.exp(ls) * ls)
+    else:
         teacher_scaled, _ = scale(teacher, settings, shard)
         teacher_normaliser = log_normaliser(teacher_scaled, shard)
-        lt = log_probs(teacher_scaled, teacher_normaliser)
-        terms = divergence_terms(ls, lt, settings)
-        divergence, influence = shard.sums(terms.entries, terms.influence)
+        terms = divergence_terms(ls, log_probs(teacher_scaled, teacher_normaliser), settings)
+        if settings.alpha in (0, 1) and settings.entry_ceiling is None:
+            divergence, entropy = shard.sums(terms.entries, -terms.p * ls)
+            # Σ −q, and Σ p (1 + log(p/q)).
+            influence = jnp.full_like(divergence, -1.0) if settings.alpha == 0 else 1 + divergence
+        else:
+            divergence, influence = shard.sums(terms.entries, terms.influence)
+            entropy = shard.sum(-jnp.exp(ls) * ls)
         if settings.entry_ceiling is not None:
             capped = shard.sum(terms.capped.astype(jnp.float32)) > 0
         teacher_logp = subtract(at_targets(teacher_scaled, targets, settings, shard), teacher_normaliser)

@@ -11,7 +11,14 @@ from unisd_jax.config_modes import MODES
 from unisd_jax.config_options import Config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/mechanisms.md", "docs/differences.md", "docs/metrics.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "docs/mechanisms.md",
+    "docs/differences.md",
+    "docs/kernels.md",
+    "docs/metrics.md",
+    "docs/performance.md",
+)
 SECTIONS = {name.split(".")[0] for name, _, _ in walk_options(Config) if "." in name}
 OPTIONS = {name for name, _, _ in walk_options(Config)}
 
@@ -41,6 +48,16 @@ def test_files_exist(name):
         path = text.split("::")[0]
         if re.fullmatch(r"(unisd_jax|configs|scripts|tests|docs|kernels|notebooks|\.ci)/[\w./-]+", path):
             assert (REPOSITORY / path).exists(), f"{name}: {text}"
+
+
+def test_the_readme_s_programs_run_and_the_fused_loss_is_the_hand_written_one(capsys):
+    programs = re.findall(r"```python\n(.*?)```", page("README.md"), flags=re.DOTALL)
+    printed = []
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), {})
+        printed.append(capsys.readouterr().out.split())
+    by_hand, fused = next(words for words, program in zip(printed, programs, strict=True) if "def by_hand" in program)
+    assert len(printed) == 2 and float(fused) == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_every_difference_has_a_test_that_exists():
