@@ -27,6 +27,12 @@ ROWS = 1024  # of a row pass that is compiled by itself
 LEAST, LEAST_IN_LOW_MEMORY = 7.0, 30.0
 MARK = "@row "
 GIB = 2**30
+NOTES = """
+naive/: temporary memory of the naive form over this one's. [T,V]: how often such an array (a device's part of it, where
+there are several) stands in the optimised program. compile s: wall time on this machine.
+* Under jax.grad with a bfloat16 head the loss holds the head's gradient in float32, and that counts as temporary; for
+value and grad the same array is an output.
+A collective inside a loop is counted once."""
 
 # The fields of XLA's GpuTargetConfigProto, from NVIDIA's data sheet and the device properties of the card.
 H200 = """gpu_device_info {
@@ -340,7 +346,7 @@ def name_of(row: dict) -> str:
 
 
 def print_table(name: str, about: dict, rows: list[dict]) -> None:
-    """One target's rows, its collectives, and what the numbers leave out."""
+    """One target's rows and its collectives."""
     print(f"\n{name}: {about.get('device')}, jax {about.get('jax')}, bfloat16; GiB")
     print(f"{'':<60} {'temp':>7} {'output':>7} {'naive/':>7} {'[T,V]':>6} {'kernels':>7} {'compile s':>9}")
     for row in rows:
@@ -353,12 +359,6 @@ def print_table(name: str, about: dict, rows: list[dict]) -> None:
         mark = " *" if row["form"] == "loss" and row["trained"] and not row["vocab_block"] else ""
         counts = f"{row['mentions']:6} {row['kernel_calls']:7}"
         print(f"{name_of(row) + mark:<60} {memory} {ratio} {counts} {row['seconds']:9.1f}")
-    print(
-        "naive/: temporary memory of the naive form over this one's. [T,V]: mentions of such an array (per device where"
-        " there are several) in the optimised program.\n"
-        "* Under jax.grad with a bfloat16 head the loss holds the head's gradient in float32, and that counts as"
-        " temporary; for value and grad the same array is an output."
-    )
     for row in rows:
         if row.get("collectives"):
             print(f"collectives of {name_of(row)}:")
@@ -393,6 +393,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {len(checked) - len(missed) + bool(problem)} of {len(checked)} gates reached", flush=True)
         failures += [f"{name}: {what}" for what in missed]
         record[name] = about | {"rows": rows, "missed": missed}
+    if record:
+        print(NOTES)
     if options.json:
         from unisd_jax.io import write_json_atomic
 

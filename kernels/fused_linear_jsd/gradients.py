@@ -65,14 +65,24 @@ def weighted_divergence(options: Options, quantile: float | None, operands: Oper
 
 
 def weighted_gradients(
-    options: Options, quantile: float | None, operands: Operands, weights, ceiling, *, hidden: bool, head: bool
+    options: Options,
+    quantile: float | None,
+    operands: Operands,
+    weights,
+    ceiling,
+    *,
+    hidden: bool,
+    head: bool,
+    head_dtype=jnp.float32,
 ):
     """(what `weighted_divergence` gives, clipped values, its gradients to hidden states and head), float32.
 
-    A gradient that is not asked for is None.
+    A gradient that is not asked for is None. `head_dtype` is obeyed by the low-memory mode, which needs no float32 array
+    to sum in.
     """
     if options.vocab_block is not None:
-        return _weighted_gradients_in_blocks(options, quantile, operands, weights, ceiling, hidden=hidden, head=head)
+        wanted = {"hidden": hidden, "head": head, "head_dtype": head_dtype}
+        return _weighted_gradients_in_blocks(options, quantile, operands, weights, ceiling, **wanted)
     limits = () if quantile is not None or ceiling is None else (ceiling,)
     wanted = ("divergence",)
 
@@ -99,14 +109,18 @@ def weighted_gradients(
     return outputs, values, hidden_gradient, head_gradient
 
 
-def _weighted_gradients_in_blocks(options: Options, quantile, operands: Operands, weights, ceiling, *, hidden, head):
+def _weighted_gradients_in_blocks(
+    options: Options, quantile, operands: Operands, weights, ceiling, *, hidden: bool, head: bool, head_dtype
+):
+    options: Options, quantile, operands: Operands, weights, ceiling, *, hidden, head, head_dtype
+):
     """`weighted_gradients` of the low-memory mode, where the logits are formed again anyway and κ is known by then."""
     scores = score(options, operands).scores
     ceiling = find_ceiling(scores.divergence, operands.mask, ceiling, quantile)
     found = (None, None)
     if hidden or head:
         passed = {"divergence": kept(scores.divergence, ceiling, weights)}
-        found = gradients(options, operands, scores, passed, head_gradient=head, head_dtype=jnp.float32)
+        found = gradients(options, operands, scores, passed, head_gradient=head, head_dtype=head_dtype)
     values = clip(scores.divergence, ceiling)
     outputs = jnp.sum(weights * values), scores._replace(statistics=None), ceiling
     return outputs, values, found[0] if hidden else None, found[1]
@@ -115,7 +129,11 @@ def _weighted_gradients_in_blocks(options: Options, quantile, operands: Operands
 def _weighted_forward(options: Options, quantile, operands: Operands, weights, ceiling):
     trained = {"hidden": operands.student_hidden.perturbed, "head": operands.student_head.perturbed}
     operands, weights, ceiling = _values((operands, weights, ceiling))
-    outputs, values, hidden, head = weighted_gradients(options, quantile, operands, weights, ceiling, **trained)
+    # A scaled loss keeps float16 gradients from vanishing; its factor comes with the cotangent, after this.
+    dtype = jnp.float32 if operands.student_head.dtype == jnp.float16 else operands.student_head.dtype
+    outputs, values, hidden, head = weighted_gradients(
+        options, quantile, operands, weights, ceiling, **trained, head_dtype=dtype
+    )
     like = jnp.zeros((), operands.student_hidden.dtype), jnp.zeros((), operands.student_head.dtype)
     return outputs, (hidden, head, values, like)
 
@@ -126,7 +144,7 @@ def _weighted_backward(options: Options, quantile, residuals, cotangents):
     if isinstance(c, jax.custom_derivatives.SymbolicZero):
         return None, None, None
     hidden = None if hidden is None else (c * hidden).astype(like[0].dtype)
-    head = None if head is None else (c * head).astype(like[1].dtype)
+    head = None if head is None else (c * head.astype(jnp.float32)).astype(like[1].dtype)
     return Operands(hidden, head, None, None, None, None), c * values, None
 
 
