@@ -77,8 +77,8 @@ def weighted_gradients(
 ):
     """(what `weighted_divergence` gives, clipped values, its gradients to hidden states and head), float32.
 
-    A gradient that is not asked for is None. `head_dtype` is obeyed by the low-memory mode, which needs no float32 array
-    to sum in.
+    A gradient that is not asked for is None. The low-memory mode obeys `head_dtype`: it needs no float32 array to sum
+    in.
     """
     if options.vocab_block is not None:
         wanted = {"hidden": hidden, "head": head, "head_dtype": head_dtype}
@@ -111,8 +111,6 @@ def weighted_gradients(
 
 def _weighted_gradients_in_blocks(
     options: Options, quantile, operands: Operands, weights, ceiling, *, hidden: bool, head: bool, head_dtype
-):
-    options: Options, quantile, operands: Operands, weights, ceiling, *, hidden, head, head_dtype
 ):
     """`weighted_gradients` of the low-memory mode, where the logits are formed again anyway and κ is known by then."""
     scores = score(options, operands).scores
