@@ -212,3 +212,14 @@ def error_of_maximum(found, expected):
     """max |found − expected| / max |expected|."""
     found, expected = np.asarray(found).astype(np.float64), np.asarray(expected, np.float64)
     return float(np.max(np.abs(found - expected), initial=0.0) / max(np.max(np.abs(expected), initial=0.0), 1e-300))
+
+
+def with_whole_normalisers(scores):
+    """Row scores whose normalisers are one number each: how a kernel divides them into two is its own affair."""
+    if scores.statistics is None:
+        return scores
+    student, teacher, influence = scores.statistics
+    whole = (None if pair is None else pair.largest + pair.rest for pair in (student, teacher))
+    return scores._replace(
+        statistics=scores.statistics._replace(student_normaliser=next(whole), teacher_normaliser=next(whole))
+    )
