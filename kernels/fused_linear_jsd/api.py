@@ -81,7 +81,7 @@ def fused_linear_jsd(
       entry_ceiling: caps every vocabulary entry's part of the divergence; those above it give no gradient.
       soft_cap: logits become soft_cap · tanh(logits / soft_cap), as Gemma 2 does at the end.
       vocab_size: columns from here on are padding and have probability 0.
-      chunk_size: tokens whose logits are held at once. None: an eighth of the tokens, at most 1024.
+      chunk_size: tokens whose logits are held at once. None: an eighth of the tokens, 256 to 1024.
       vocab_block: low-memory mode: at most so many columns of the vocabulary at a time, for more products.
       layout: how tokens and vocabulary are divided over a mesh; None: one device, or left to the compiler.
       implementation: "chunked" (what "auto" takes) runs everywhere; "pallas_gpu" (Hopper and newer), "pallas_triton"

@@ -48,9 +48,10 @@ def count_tokens(total: int, mask: jax.Array | None, shard: Shard = WHOLE) -> To
 def chunk_sizes(total: int, chunk_size: int | None) -> tuple[int, int]:
     """(tokens in a chunk, tokens in one of the small chunks that the last tokens are done in).
 
-    Of themselves an eighth of the tokens, at most 1024: an eighth of the memory, and products that keep a GPU busy.
+    Of themselves an eighth of the tokens, but 256 to 1024: an eighth of the memory, products that keep a GPU busy, and
+    a head's gradient that is not read and written too often.
     """
-    size = min(1024, _round_up(-(-total // 8), 128)) if chunk_size is None else chunk_size
+    size = min(1024, max(256, _round_up(-(-total // 8), 128))) if chunk_size is None else chunk_size
     size = max(1, min(size, _round_up(total, 8)))
     small = size // 8 if size % 8 == 0 and size >= 128 else size
     return size, small

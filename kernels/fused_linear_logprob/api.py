@@ -41,7 +41,7 @@ def fused_linear_logprob(
       mask: [N] bool; tokens where it is False cost no work. None: all count.
       soft_cap: logits become soft_cap · tanh(logits / soft_cap).
       vocab_size: columns from here on are padding and have probability 0.
-      chunk_size: tokens whose logits are held at once. None: an eighth of the tokens, at most 1024.
+      chunk_size: tokens whose logits are held at once. None: an eighth of the tokens, 256 to 1024.
       vocab_block: low-memory mode: at most so many columns of the vocabulary at a time.
       layout: how tokens and vocabulary are divided over a mesh; None: one device, or left to the compiler.
       implementation: "chunked" (what "auto" takes) runs everywhere; "pallas_gpu" keeps the logits on the chip where
