@@ -295,17 +295,22 @@ def print_goals(found: list[dict[str, Any]]) -> None:
         print(f"  {goal['goal']:<66} {value:>8}  {state}")
 
 
+def git(*arguments: str) -> str | None:
+    """What git says about this repository, None where there is none; it never takes a lock."""
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def environment() -> dict[str, Any]:
     """The machine and the commit; versions come from the processes that measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     return {
-        "commit": commit,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "kernels", "scripts", "unisd_jax")),
         "cpu": names[0] if names else None,
         "cpu_cores": os.cpu_count(),
         "python": platform.python_version(),
