@@ -18,25 +18,9 @@ from unisd_jax.errors import UserError
 from unisd_jax.io import write_json_atomic
 from unisd_jax.models.config import ModelConfig
 from unisd_jax.models.decoder import Model
+from unisd_jax.models.families import tensor_names
 from unisd_jax.models.layout import place
 
-TOP_TENSORS = {
-    ("embed", "weight"): "model.embed_tokens.weight",
-    ("norm", "scale"): "model.norm.weight",
-    ("head", "weight"): "lm_head.weight",
-}
-LAYER_MODULES = {
-    ("attention_norm",): "input_layernorm",
-    ("attention", "q"): "self_attn.q_proj",
-    ("attention", "k"): "self_attn.k_proj",
-    ("attention", "v"): "self_attn.v_proj",
-    ("attention", "o"): "self_attn.o_proj",
-    ("mlp_norm",): "post_attention_layernorm",
-    ("mlp", "gate"): "mlp.gate_proj",
-    ("mlp", "up"): "mlp.up_proj",
-    ("mlp", "down"): "mlp.down_proj",
-}
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,7 +42,7 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Me
     path = Path(path)
     model, shapes = Model.build(read_config(path), dtype=dtype)
     tensors = _TensorFiles(path)
-    surplus = set(tensors.names) - {name for keys in _leaves(shapes) for name in _hf_names(model, keys)}
+    surplus = set(tensors.names) - {name for keys in _leaves(shapes) for name in tensor_names(model.config, keys)}
     surplus -= {"lm_head.weight"} if model.config.tied_embeddings else set()
     if surplus:
         raise UserError(f"{path}: holds {sorted(surplus)[0]}, which {model.config.family} has no place for")
@@ -101,7 +85,7 @@ def hf_tensors(model: Model, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """A parameter tree, or anything of its shape such as a gradient, under Hugging Face's names and layout."""
     tensors = {}
     for keys in _leaves(params):
-        names, value = _hf_names(model, keys), np.asarray(_at(params, keys))
+        names, value = tensor_names(model.config, keys), np.asarray(_at(params, keys))
         rows = value if keys[0] == "layers" else value[None]
         for name, row in zip(names, rows, strict=True):
             tensors[name] = np.ascontiguousarray(row.T if keys[-1] == "kernel" else row)
@@ -161,20 +145,12 @@ def _read_leaf(tensors: _TensorFiles, model: Model, keys: tuple, shape: jax.Shap
     stacked = keys[0] == "layers"
     dtype = ml_dtypes.bfloat16 if shape.dtype == jnp.bfloat16 else np.dtype(shape.dtype)
     leaf = np.empty(shape.shape if stacked else (1, *shape.shape), dtype)
-    for row, name in zip(leaf, _hf_names(model, keys), strict=True):
+    for row, name in zip(leaf, tensor_names(model.config, keys), strict=True):
         value, target = tensors.read(name), row.T if keys[-1] == "kernel" else row
         if value.shape != target.shape:
             raise UserError(f"{tensors.path}: tensor {name} is {value.shape}, config.json says {target.shape}")
         target[...] = value
     return leaf if stacked else leaf[0]
-
-
-def _hf_names(model: Model, keys: tuple) -> list[str]:
-    """The tensors that make up one of our leaves: one, or one per layer for stacked leaves."""
-    if keys[0] != "layers":
-        return [TOP_TENSORS[keys]]
-    module, leaf = LAYER_MODULES[keys[1:-1]], LEAF_NAMES[keys[-1]]
-    return [f"model.layers.{layer}.{module}.{leaf}" for layer in range(model.config.num_layers)]
 
 
 def _leaves(tree: dict[str, Any], prefix: tuple = ()) -> Iterator[tuple]:
