@@ -40,7 +40,7 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from unisd_jax.models import init_lora, load_hf
-    from unisd_jax.models.attention import causal, causal_attention
+    from unisd_jax.models.attention import causal_attention
     from unisd_jax.optim import adamw
     from unisd_jax.parallel.mesh import build_mesh
     from unisd_jax.parallel.sharding import jit_step
@@ -84,9 +84,9 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
 
     batch, length, dim = mix["batch"], mix["length"], mix["dim"]
     query = jnp.asarray(normal(6, batch, length, mix["heads"], dim))
-    key, value = (jnp.asarray(normal(seed, batch, mix["kv_heads"], length, dim)) for seed in (7, 8))
-    attend = causal(jnp.ones((batch, length), bool))
-    gradient = jax.jit(jax.grad(lambda *heads: jnp.sum(causal_attention(*heads, attend) ** 2), argnums=(0, 1, 2)))
+    key, value = (jnp.asarray(normal(seed, batch, length, mix["kv_heads"], dim)) for seed in (7, 8))
+    attend = functools.partial(causal_attention, scale=dim**-0.5)
+    gradient = jax.jit(jax.grad(lambda *heads: jnp.sum(attend(*heads) ** 2), argnums=(0, 1, 2)))
     calls = (products, lambda: jax.block_until_ready(gradient(query, key, value)))
     results |= {name: {"seconds": seconds(call)} for name, call in zip(work["pieces"], calls, strict=True)}
 

@@ -59,6 +59,16 @@ def random_lora(params, seed=0, *, rank=2, targets=("q", "down"), scale=2.0, siz
     return Lora({TARGETS[name]: draw(TARGETS[name]) for name in targets}, scale)
 
 
+def zero_lora(shapes, *, rank=8):
+    """An adapter of all projections that does nothing, for a tree of parameters or of their shapes."""
+    factors = {}
+    for path in TARGETS.values():
+        group, name = path.split("/")
+        layers, inputs, outputs = shapes["layers"][group][name]["kernel"].shape
+        factors[path] = LoraFactors(jnp.zeros((layers, inputs, rank)), jnp.zeros((layers, rank, outputs)))
+    return Lora(factors, 2.0)
+
+
 def products(lora):
     """{path: scale · A·B} in float64: what the adapter adds to each matrix."""
     return {

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from unisd_jax.errors import UserError
 from unisd_jax.models.layout import path_name
+from unisd_jax.parallel import multihost
 from unisd_jax.types import TrainState
 
 FORMAT = "unisd_jax/1"
@@ -81,12 +82,15 @@ class Checkpoints:
                 f"delete {self.directory.parent} to start afresh"
             )
         for step in steps:
+            restored, problem = None, "another process could not read it"
             try:
-                return self._read(step, like)
+                restored = self._read(step, like)
             except UserError:
                 raise
             except Exception as error:  # whatever orbax, tensorstore or the file system make of a damaged file
                 problem = _reason(error)
+            if not any(multihost.largest(int(restored is None))):
+                return restored
             self._move_aside(step, problem)
         if steps:
             raise UserError(
@@ -138,10 +142,12 @@ class Checkpoints:
         return Restored(state, meta["data"], meta["record"])
 
     def _move_aside(self, step: int, problem: str) -> None:
-        self._damaged.mkdir(exist_ok=True)
         target = self._damaged / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(self.directory / str(step), target)
+        if multihost.is_main():
+            self._damaged.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(self.directory / str(step), target)
+        multihost.wait_for_all(f"the damaged checkpoint {step}")
         self._manager.reload()
         self.say(f"checkpoint of step {step} cannot be read ({problem}); moved to {target}, trying the one before")
 
@@ -156,9 +162,13 @@ def checksums(leaves: dict[str, jax.Array]) -> dict[str, list]:
 @functools.partial(jax.jit)
 def _word_sum(leaf: jax.Array) -> jax.Array:
     words = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float32).view(jnp.uint32)
-    words = words.astype(jnp.uint32).ravel()
-    # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32.
-    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+    # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32. The positions are made
+    # axis by axis: numbered in one row, a leaf that is divided would first be gathered.
+    places, step = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        places += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(step % 2**32)
+        step *= leaf.shape[axis]
+    return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
 
 
 def _ignore_closed_loops() -> None:

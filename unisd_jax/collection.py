@@ -1,16 +1,22 @@
-"""From a batch of examples to its views: who samples the completions, and what the teacher is shown beside them."""
+"""From a batch of examples to its views: who samples the completions, and what the teacher is shown beside them.
 
-import functools
+Every host does this for its own rows of the batch; the arrays that come out are those of the whole batch.
+"""
+
 import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from unisd_jax.data.batching import pad_completions, pad_contexts, pad_prompts
 from unisd_jax.data.pipeline import Example
 from unisd_jax.experiment import Experiment, student_params
+from unisd_jax.parallel import multihost
+from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.random import purpose_key
 from unisd_jax.teacher import teacher_messages
 from unisd_jax.types import Completions, Contexts, Prompts, TrainState, Views
@@ -30,10 +36,11 @@ class OwnAnswers(NamedTuple):
 def collect_views(
     experiment: Experiment, state: TrainState, examples: Sequence[Example]
 ) -> tuple[Views, dict[str, float]]:
-    """The views of one batch, and what the host knows of how they came about."""
-    config, chat, step = experiment.config, experiment.chat, int(state.step)
-    pad = functools.partial(pad_prompts, pad_id=chat.pad_id, multiple=config.data.length_multiple)
-    student = Prompts(*pad([example.student for example in examples]))
+    """The views of one batch, and what the host knows of how they came about. `examples` are this host's rows."""
+    config, step = experiment.config, int(state.step)
+    (bucket,) = multihost.largest(experiment.buckets.index(examples))
+    lengths = experiment.buckets.lengths[bucket]
+    student = _prompts(experiment, [example.student for example in examples], lengths.student)
     own, labelless = _samples_from_student(experiment, step), config.teacher.condition == "self"
     params = student_params(experiment, state) if own or labelless else None
     completions, logps, metrics = _completions(experiment, params if own else None, student, examples, step)
@@ -41,35 +48,38 @@ def collect_views(
         return Views(student, None, completions, logps), metrics
     prompts = [example.teacher for example in examples]
     if labelless:
-        answers = own_answers(experiment, params, examples, step)
-        prompts, completions = answers.prompts, completions._replace(mask=completions.mask & answers.accepted[:, None])
-        metrics |= {"self_agreement": float(np.mean(answers.shares)), "self_accepted": float(np.mean(answers.accepted))}
+        answers = own_answers(experiment, params, examples, step, lengths.student)
+        lengths = lengths._replace(teacher=_own_answer_length(experiment, lengths.student, answers.prompts))
+        (accepted,) = _whole(experiment, (answers.accepted,))
+        prompts, completions = answers.prompts, completions._replace(mask=completions.mask & accepted[:, None])
+        metrics["self_agreement"] = multihost.mean(answers.shares)
+        metrics["self_accepted"] = multihost.mean(answers.accepted)
     contexts = negative = None
     if examples[0].contexts:
         rows = [example.contexts for example in examples]
-        contexts = Contexts(*pad_contexts(rows, pad_id=chat.pad_id, multiple=config.data.length_multiple))
+        contexts = Contexts(*_whole(experiment, pad_contexts(rows, **_padding(experiment, lengths.contexts))))
     if examples[0].negative is not None:
-        negative = Prompts(*pad([example.negative for example in examples]))
-    return Views(student, Prompts(*pad(prompts)), completions, logps, contexts, negative), metrics
+        negative = _prompts(experiment, [example.negative for example in examples], lengths.negative)
+    teacher = _prompts(experiment, prompts, lengths.teacher)
+    return Views(student, teacher, completions, logps, contexts, negative), metrics
 
 
-def own_answers(experiment: Experiment, params: dict[str, Any], examples: Sequence[Example], step: int) -> OwnAnswers:
+def own_answers(
+    experiment: Experiment, params: dict[str, Any], examples: Sequence[Example], step: int, length: int
+) -> OwnAnswers:
     """Samples `teacher.self_samples` replies to each question and takes one that gives the most frequent answer.
 
     No label is read: the task only brings a reply into the form in which answers are compared.
     """
     config, chat, task = experiment.config, experiment.chat, experiment.task
     number = config.teacher.self_samples
-    rows = [example.student for example in examples for _ in range(number)]
-    ids, mask = pad_prompts(rows, pad_id=chat.pad_id, multiple=config.data.length_multiple)
+    student = _prompts(experiment, [example.student for example in examples for _ in range(number)], length)
     experiment.sampler.publish(params, step)
     key = purpose_key(config.seed, step, "own_answers")
-    rollout = experiment.sampler.generate(ids, mask, experiment.sampling, key=key, version=step)
-    sampled = [
-        [int(token) for token in row[kept]]
-        for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)
-    ]
-    finished = np.asarray(rollout.stopped)
+    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
+    rows = multihost.own_rows(batch_sharding(experiment.mesh), config.train.batch_size * number)
+    ids, mask, finished = (multihost.gather(x)[rows] for x in (rollout.ids, rollout.mask, rollout.stopped))
+    sampled = [[int(token) for token in row[kept]] for row, kept in zip(ids, mask, strict=True)]
     prompts, shares, accepted = [], [], []
     for index, example in enumerate(examples):
         own = range(index * number, (index + 1) * number)
@@ -108,23 +118,48 @@ def _completions(experiment: Experiment, params, student: Prompts, examples: Seq
     metrics = {} if config.rollout.on_policy_share == 1 else {"on_policy": float(params is not None)}
     if params is None and config.rollout.source != "base":
         gold, length = [example.gold for example in examples], config.rollout.max_completion_length
-        completions = Completions(*pad_completions(gold, pad_id=chat.pad_id, length=length))
-        return completions, None, metrics | _lengths(completions.mask, np.ones(len(gold), bool))
+        padded = pad_completions(gold, pad_id=chat.pad_id, length=length)
+        completions = Completions(*_whole(experiment, padded))
+        return completions, None, metrics | _lengths(completions.mask, jnp.ones(completions.mask.shape[:1], bool))
     own = params is not None
     experiment.sampler.publish(params if own else experiment.base, step)
     key = purpose_key(config.seed, step, "rollout")
     rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
-    ids, mask, stopped = (np.asarray(array) for array in (rollout.ids, rollout.mask, rollout.stopped))
+    mask, stopped = jnp.asarray(rollout.mask), jnp.asarray(rollout.stopped)
     metrics |= _lengths(mask, stopped)
     if config.rollout.mask_truncated_completions:
         mask = mask & stopped[:, None]
     if config.rollout.min_completion_length > 0:
         mask = mask & (mask.sum(axis=1) >= config.rollout.min_completion_length)[:, None]
-    return Completions(ids, mask), np.asarray(rollout.logps) if own else None, metrics
+    return Completions(rollout.ids, mask), rollout.logps if own else None, metrics
 
 
-def _lengths(mask: np.ndarray, stopped: np.ndarray) -> dict[str, float]:
+def _lengths(mask: Bool[Array, "B T"], stopped: Bool[Array, "B"]) -> dict[str, float]:
     """Of the completions as they are, before any is left out of the loss."""
-    eos_rate = float(np.mean(stopped))
-    length = float(np.mean(mask.sum(axis=1)))
+    eos_rate = float(jnp.mean(stopped))
+    length = float(jnp.mean(jnp.sum(mask, axis=1)))
     return {"completion_length": length, "eos_rate": eos_rate, "truncated_share": 1.0 - eos_rate}
+
+
+def _prompts(experiment: Experiment, own: Sequence[Sequence[int]], length: int) -> Prompts:
+    return Prompts(*_whole(experiment, pad_prompts(own, **_padding(experiment, length))))
+
+
+def _own_answer_length(experiment: Experiment, question: int, prompts: Sequence[Sequence[int]]) -> int:
+    """Room for a question with a reply of any length and the words between; more only where that is not enough."""
+    config = experiment.config
+    usual = min(config.data.max_prompt_length, question + config.rollout.max_completion_length + 64)
+    (longest,) = multihost.largest(max(map(len, prompts)))
+    return usual if longest <= usual else config.data.max_prompt_length
+
+
+def _padding(experiment: Experiment, length: int) -> dict[str, int]:
+    multiple = experiment.config.data.length_multiple
+    return {"pad_id": experiment.chat.pad_id, "multiple": multiple, "at_least": length}
+
+
+def _whole(experiment: Experiment, own: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
+    """The batch's arrays, of which this host has its rows."""
+    sharding, size = batch_sharding(experiment.mesh), experiment.config.train.batch_size
+    share = size / len(multihost.own_rows(sharding, size))
+    return tuple(multihost.join_rows(part, sharding, round(share * len(part))) for part in own)

@@ -27,6 +27,7 @@ from unisd_jax.config_loading import (
     walk_options,
 )
 from unisd_jax.config_options import Config as Config
+from unisd_jax.config_options import DistributedOptions as DistributedOptions
 from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
@@ -34,7 +35,16 @@ from unisd_jax.errors import ConfigError
 _VARIANTS = ("parity.upstream", "preset.command", "preset.launcher")
 
 # Where a run is kept and what is said about it; these may change when a run is resumed.
-_NOT_DEFINING = ("name", "output_dir", "preset", "logging", "checkpoint", "teacher.cache_dir")
+_NOT_DEFINING = (
+    "name",
+    "output_dir",
+    "preset",
+    "logging",
+    "checkpoint",
+    "teacher.cache_dir",
+    "distributed",
+    "train.compilation_cache",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

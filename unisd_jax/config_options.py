@@ -15,6 +15,7 @@ class LoraOptions:
     alpha: float = 128.0
     dropout: float = 0.05
     targets: tuple[str, ...] = LORA_TARGETS
+    start: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class ModelOptions:
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     trainable: Literal["lora", "full"] = "lora"
     lora: LoraOptions = field(default_factory=LoraOptions)
 
@@ -40,6 +42,7 @@ class DataOptions:
     max_prompt_length: int = 512
     overlong: Literal["drop", "error"] = "drop"
     length_multiple: int = 32
+    length_buckets: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +201,8 @@ class TrainOptions:
     steps: int = 100
     batch_size: int = 16
     micro_batches: int = 1
-    remat: bool = False
+    remat: Literal["none", "layer", "products"] = "none"
+    compilation_cache: str | None = "runs/cache/compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +212,16 @@ class MeshOptions:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """How the processes of a run on several hosts find each other."""
+
+    coordinator: str = "auto"
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +279,7 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
     head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

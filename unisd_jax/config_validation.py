@@ -21,6 +21,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "data.test_limit",
             "data.max_prompt_length",
             "data.length_multiple",
+            "data.length_buckets",
             "teacher.ema_sync_steps",
             "rollout.max_completion_length",
             "train.steps",
@@ -29,6 +30,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "mesh.data",
             "mesh.fsdp",
             "mesh.tensor",
+            "distributed.num_processes",
+            "distributed.timeout",
             "head.chunk_size",
             "head.vocab_block",
             "evaluation.batch_size",
@@ -50,6 +53,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "0 or more",
         lambda x: x >= 0,
         (
+            "distributed.process_id",
             "rollout.top_k",
             "rollout.min_completion_length",
             "optimizer.weight_decay",
@@ -115,7 +119,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "a non-empty string",
         lambda x: x.strip() != "",
-        ("model.path", "output_dir", "teacher.cache_dir", "teacher.contexts.encoder_path", "logging.wandb_project"),
+        (
+            "model.path",
+            "distributed.coordinator",
+            "output_dir",
+            "teacher.cache_dir",
+            "teacher.contexts.encoder_path",
+            "logging.wandb_project",
+        ),
     ),
     (
         "a plain folder name",

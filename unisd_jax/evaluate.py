@@ -19,6 +19,7 @@ from unisd_jax.eval.statistics import mean_interval
 from unisd_jax.experiment import build, environment, evaluate_test
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
+from unisd_jax.parallel import multihost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,6 @@ def run(config: Config) -> EvalResult:
         {"id": example.item.id, "prompt": example.item.prompt, "gold": example.item.completion, "reply": reply} | grade
         for example, reply, grade in zip(experiment.test, evaluation.replies, evaluation.grades, strict=True)
     ]
-    write_text_atomic(folder / "replies.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     record = {
         "model": config.model.path,
         "task": config.data.task,
@@ -54,7 +54,11 @@ def run(config: Config) -> EvalResult:
         "means": result.means,
         "exact_interval": result.exact_interval,
     }
-    write_json_atomic(folder / "evaluation.json", record | environment())
+    if multihost.is_main():
+        texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text_atomic(folder / "replies.jsonl", "".join(texts))
+        write_json_atomic(folder / "evaluation.json", record | environment())
+    multihost.wait_for_all("the evaluation")
     return result
 
 
@@ -66,22 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.print_config:
             print(configuration.to_yaml(command.config), end="")
             return 0
-        if command.dry_run:
-            experiment = build(command.config)
-            print(f"would evaluate {command.config.model.path} on {len(experiment.test)} test items")
-            return 0
-        result = run(command.config)
+        multihost.initialize(command.config.distributed)
+        with multihost.lost_processes_reported():
+            if command.dry_run:
+                experiment = build(command.config)
+                print(f"would evaluate {command.config.model.path} on {len(experiment.test)} test items")
+                return multihost.leave(0, together=True)
+            result = run(command.config)
     except (UserError, OSError) as error:
-        return report_error(error)
+        return multihost.leave(report_error(error))
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return multihost.leave(INTERRUPTED)
     low, high = result.exact_interval
     print(f"{result.items} test items, replies and numbers in {result.folder}")
     for name, value in result.means.items():
         interval = f"   95% interval {low:.3f} to {high:.3f}" if name == "exact" else ""
         print(f"{name:>16} {value:8.3f}{interval}")
-    return 0
+    return multihost.leave(0, together=True)
 
 
 if __name__ == "__main__":

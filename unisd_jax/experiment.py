@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from unisd_jax.config import Config
+from unisd_jax.data.buckets import Buckets, length_buckets
 from unisd_jax.data.chat import Chat, load_chat
 from unisd_jax.data.pipeline import Example, ViewMessages, tokenize
 from unisd_jax.data.tasks import get_task
@@ -22,12 +23,23 @@ from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Agreement, Objective
-from unisd_jax.models import HeadOptions, Model, ModelConfig, init_lora, load_hf, merge, read_config
+from unisd_jax.models import (
+    HeadOptions,
+    Model,
+    ModelConfig,
+    init_lora,
+    load_hf,
+    load_peft,
+    local_checkpoint,
+    merge,
+    read_config,
+    resolve_attention,
+)
 from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.parallel.sharding import head_layout
-from unisd_jax.preparation import require_negatives_in_data, training_views
+from unisd_jax.preparation import require_negatives_in_data, shared_views
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state, weights
@@ -38,18 +50,20 @@ from unisd_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run. `base` are the weights it starts from.
+    """The parts of a run. `base` are the weights it starts from, read from the folder `checkpoint`.
 
     `dropped` counts training items that were too long, `without_negative` those for which no wrong reply could be made.
     """
 
     config: Config
     mesh: jax.sharding.Mesh
+    checkpoint: Path
     model: Model
     base: dict[str, Any]
     chat: Chat
     task: Task
     train: list[Example]
+    buckets: Buckets
     test: list[Example]
     dropped: int
     without_negative: int
@@ -73,11 +87,13 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     items = {split: _load_items(config, task, split) for split in ("train", "test")}
     require_negatives_in_data(config, items["train"])
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    scoring = head_options(config, mesh)
-    _check_lengths(config, read_config(config.model.path))
-    chat = load_chat(config.model.path, stop=config.rollout.stop)
-    load = functools.cache(lambda: load_hf(config.model.path, dtype=jnp.dtype(config.model.dtype), mesh=mesh))
-    train_items, views = training_views(
+    checkpoint = local_checkpoint(config.model.path)
+    _check_lengths(config, read_config(checkpoint))
+    chat = load_chat(checkpoint, stop=config.rollout.stop)
+    for note in chat.notes:
+        print(f"note: {note}", flush=True)
+    load = functools.cache(lambda: load_model(config, checkpoint, mesh))
+    train_items, views = shared_views(
         config, task, items["train"], chat, lambda: _base_sampler(*load()), read_only=read_only
     )
     train, dropped = _tokenize(config, chat, train_items, views)
@@ -85,7 +101,6 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]
     test, _ = _tokenize(config, chat, items["test"], questions, overlong="error")
     model, base = load()
-    model = dataclasses.replace(model, head_options=scoring, remat=config.train.remat)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
         schedule=config.optimizer.schedule, zero_first_rate=config.optimizer.zero_first_rate,
@@ -94,11 +109,13 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     return Experiment(
         config=config,
         mesh=mesh,
+        checkpoint=checkpoint,
         model=model,
         base=base,
         chat=chat,
         task=task,
         train=train,
+        buckets=length_buckets(train, number=config.data.length_buckets, multiple=config.data.length_multiple),
         test=test,
         dropped=dropped,
         without_negative=len(items["train"]) - len(train_items),
@@ -111,6 +128,7 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
             rollout.top_p,
             rollout.top_k,
             rollout.min_p,
+            chat.vocab_size,
         ),  # fmt: skip
         schedule=schedule,
         optimizer=adamw(
@@ -125,20 +143,41 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     )
 
 
-def head_options(config: Config, mesh: jax.sharding.Mesh) -> HeadOptions:
+def load_model(config: Config, checkpoint: Path, mesh: jax.sharding.Mesh) -> tuple[Model, dict[str, Any]]:
+    """The checkpoint's model, set up as the configuration asks for, and its weights on the mesh."""
+    model, params = load_hf(checkpoint, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
+    return configured_model(model, config, mesh, backend=jax.default_backend()), params
+
+
+def configured_model(model: Model, config: Config, mesh: jax.sharding.Mesh, *, backend: str) -> Model:
+    """`model` with the attention, the recomputation, the head and the mesh that the configuration asks for.
+
+    Raises:
+      ConfigError: an implementation is asked for that the backend or the mesh cannot run.
+    """
+    attention = resolve_attention(
+        config.model.attention, backend=backend, dtype=jnp.dtype(config.model.dtype), head_dim=model.config.head_dim
+    )
+    scoring = head_options(config, mesh, backend=backend)._replace(vocab_size=model.head_options.vocab_size)
+    used = mesh if mesh.size > 1 else None
+    return dataclasses.replace(model, head_options=scoring, remat=config.train.remat, attention=attention, mesh=used)
+
+
+def head_options(config: Config, mesh: jax.sharding.Mesh, *, backend: str) -> HeadOptions:
     """How the fused kernels run.
 
     Raises:
       ConfigError: a Pallas kernel is asked for that this machine or this mesh cannot run.
     """
-    options, backend = config.head, jax.default_backend()
+    options = config.head
     needed = {"pallas_gpu": "gpu", "pallas_triton": "gpu", "pallas_tpu": "tpu"}.get(options.implementation, backend)
     if needed != backend:
         raise ConfigError(f"head.implementation is {options.implementation}, which needs a {needed}; found a {backend}")
-    if options.implementation.startswith("pallas") and (options.vocab_block or config.mesh.tensor > 1):
+    divided = config.mesh.tensor * config.mesh.fsdp > 1
+    if options.implementation.startswith("pallas") and (options.vocab_block or divided):
         raise ConfigError(
             f"head.implementation is {options.implementation}, which scores whole rows of the vocabulary; "
-            "it needs head.vocab_block null and mesh.tensor 1"
+            "it needs head.vocab_block null, mesh.fsdp 1 and mesh.tensor 1"
         )
     return HeadOptions(options.implementation, options.chunk_size, options.vocab_block, head_layout(mesh))
 
@@ -193,7 +232,9 @@ def objective_settings(config: Config) -> Objective:
 def new_state(experiment: Experiment) -> TrainState:
     """The train state before the first step, placed on the mesh."""
     config, options = experiment.config, experiment.config.model.lora
-    if config.model.trainable == "lora":
+    if config.model.trainable == "lora" and options.start is not None:
+        student = load_peft(options.start, experiment.model, experiment.base)
+    elif config.model.trainable == "lora":
         key = purpose_key(config.seed, 0, "adapter_init")
         student = init_lora(key, experiment.base, rank=options.rank, alpha=options.alpha, targets=options.targets)
     else:

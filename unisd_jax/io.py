@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` so that a reader, or a crash, never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -20,6 +20,8 @@ from unisd_jax.data.pipeline import Messages, ViewMessages
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import UserError
 from unisd_jax.eval.runner import replies
+from unisd_jax.models import local_checkpoint
+from unisd_jax.parallel import multihost
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.teacher.cache import RecordCache, is_complete, open_cache, stale, text_hash
@@ -68,6 +70,30 @@ def training_views(
         kept.append(item)
         views.append(ViewMessages(student_messages(item.prompt), teacher, tuple(context), negative))
     return kept, views
+
+
+def shared_views(
+    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
+) -> tuple[list[Item], list[ViewMessages]]:
+    """`training_views` for all processes of a run: the main one makes what rules can make, the others read it.
+
+    Raises:
+      UserError: as `training_views`; among several processes also where the model itself would have to write.
+    """
+    if multihost.process_count() > 1:
+
+        def refuse():
+            raise NotPrepared(
+                "what the model writes for the teacher's views is not there yet, and a run of several processes does "
+                "not make it: run scripts/prepare_teacher.py with this configuration in one process first"
+            )
+
+        load_sampler = refuse
+        if multihost.is_main() and not read_only:
+            training_views(config, task, items, chat, refuse)
+        multihost.wait_for_all("the teacher's views")
+        read_only = True
+    return training_views(config, task, items, chat, load_sampler, read_only=read_only)
 
 
 def require_negatives_in_data(config: Config, items: Sequence[Item]) -> None:
@@ -234,7 +260,7 @@ def _cache_key(config: Config, items: Sequence[Item], chat: Chat | None) -> dict
     }
     if chat is not None:
         key |= {
-            "model": weights_hash(config.model.path, config.teacher.cache_dir),
+            "model": weights_hash(local_checkpoint(config.model.path), config.teacher.cache_dir),
             "dtype": config.model.dtype,
             "chat": chat.identity(),
         }

@@ -4,21 +4,18 @@ The whole method in three jumps: `run` below → `step.train_step` → `losses.o
 that is known about a run; the same command continues it after any interruption, to the same numbers.
 """
 
-import dataclasses
-import functools
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool
 
 from unisd_jax import config as configuration
@@ -34,34 +31,42 @@ from unisd_jax.inert import InertMechanisms
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
 from unisd_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from unisd_jax.models import save_hf
-from unisd_jax.parallel.sharding import batch_sharding, jit_step
+from unisd_jax.models import Lora, save_hf, save_peft
+from unisd_jax.parallel import multihost
+from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.preparation import NotPrepared
+from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
-from unisd_jax.step import train_step
 from unisd_jax.types import TrainState, Views
 
 
 def run(config: Config) -> RunResult:
     """Trains, evaluates before and after, and writes the run directory; continues an earlier run of the same config.
 
+    All processes of a run on several hosts call this; the main one writes.
+
     Raises:
-      UserError: bad input, weights that cannot be used, a loss that is not finite.
+      UserError: bad input, weights that cannot be used, a loss that is not finite, a process that is lost.
       Interrupted: stopped by SIGINT or SIGTERM after saving.
     """
+    multihost.require_same("configurations", configuration.config_hash(config))
     run_dir = open_run_dir(config)
+    multihost.require_shared(run_dir.parent)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}", flush=True)
     if (run_dir / "result.json").exists():
-        if not (run_dir / "report.md").exists():
+        if multihost.is_main() and not (run_dir / "report.md").exists():
             write_report(run_dir)
         print(f"{run_dir} is complete; delete it or choose another name to run again")
         return read_result(run_dir)
     started = time.monotonic()
+    use_compilation_cache(config.train.compilation_cache)
     experiment = build(config)
     data = training_batches(experiment)
-    write_config(run_dir, config)
+    if multihost.is_main():
+        write_config(run_dir, config)
+    multihost.wait_for_all("the configuration")
     timer = {"setup": time.monotonic() - started}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     try:
@@ -73,7 +78,7 @@ def run(config: Config) -> RunResult:
             print(f"continuing after step {int(state.step)}", flush=True)
         with timed(timer, "evaluation"):
             before = evaluate_before(experiment, run_dir)
-        state = train(experiment, state, data, checkpoints, run_dir)
+        state = train(experiment, state, data, checkpoints, run_dir, timer, started)
     finally:
         checkpoints.close()
     timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
@@ -82,20 +87,30 @@ def run(config: Config) -> RunResult:
         after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None
         drift = measure_drift(experiment, trained)
     with timed(timer, "export"):
-        save_hf(run_dir / "hf", experiment.model, trained, source=config.model.path)
-    write_samples(run_dir, experiment, before, after)
+        export(run_dir, experiment, state, trained)
     timer["total"] = time.monotonic() - started
-    write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer))
-    write_report(run_dir)
+    if multihost.is_main():
+        write_samples(run_dir, experiment, before, after)
+        write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer))
+        write_report(run_dir)
+    multihost.wait_for_all("the result")
     return read_result(run_dir)
 
 
 def train(
-    experiment: Experiment, state: TrainState, data: Iterator, checkpoints: Checkpoints, run_dir: Path
+    experiment: Experiment,
+    state: TrainState,
+    data: Iterator,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    timer: dict[str, float],
+    started: float,
 ) -> TrainState:
-    """Steps from `state.step` to `train.steps`, saving every `checkpoint.every` steps, on a signal, and at the end."""
+    """Steps from `state.step` to `train.steps`, saving every `checkpoint.every` steps, on a signal, and at the end.
+
+    Puts the time from `started` to the end of the first step into `timer["start_up"]`.
+    """
     config = experiment.config
-    step_for = compiled_steps(experiment, state)
     inert = InertMechanisms(config.logging.inert_after, ema_sync_steps=config.teacher.ema_sync_steps)
     options = {"project": config.logging.wandb_project, "config": configuration.to_dict(config)}
     record = {"config_hash": configuration.config_hash(config), "policy_version": 0}
@@ -103,6 +118,7 @@ def train(
         run_dir,
         total_steps=config.train.steps,
         name=config.name,
+        is_main=multihost.is_main(),
         wandb=options if config.logging.wandb else None,
     )
 
@@ -111,27 +127,33 @@ def train(
         checkpoints.save(state, data=data.get_state(), record=record | {"policy_version": step})
 
     with writer, stop_on_signal() as stop:
+        programs = StepPrograms(experiment, state, say=writer.message)
         checkpoints.say = writer.message
         writer.truncate_after(int(state.step))
+        multihost.wait_for_all("the metrics of earlier steps")
         for earlier in read_metrics(run_dir / METRICS_FILE) if int(state.step) > 0 else ():
             inert.see({name: math.nan if value is None else value for name, value in earlier.items()})
         while int(state.step) < config.train.steps:
-            started, step = time.monotonic(), int(state.step)
+            begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
             examples = next(data)
             views, collection = collect_views(experiment, state, examples)
             collected = time.monotonic()
-            placed = jax.device_put(views, batch_sharding(experiment.mesh))
-            state, metrics = step_for(step)(state, experiment.base, placed)
+            views = jax.device_put(views, batch_sharding(experiment.mesh))
+            state, metrics = programs.run(state, views)
             metrics = {name: float(value) for name, value in metrics.items()}
             check_metrics(metrics, config, step + 1, examples, checkpoints)
-            metrics |= collection | host_metrics(experiment, views, step, started, collected)
+            metrics |= collection | host_metrics(experiment, views, step, begun, collected)
+            metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
             writer.log(step + 1, metrics)
+            if "start_up" not in timer:
+                timer["start_up"] = time.monotonic() - started
+                writer.message(start_up_line(timer, programs))
             for warning in inert.see(metrics):
                 writer.message(f"warning: {warning}")
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
                 check_weights(state, step + 1, examples, checkpoints)
                 save()
-            if stop.requested:
+            if any(multihost.largest(int(stop.requested))):
                 check_weights(state, step + 1, examples, checkpoints)
                 save()
                 checkpoints.wait()
@@ -140,23 +162,20 @@ def train(
     return state
 
 
-def compiled_steps(experiment: Experiment, state: TrainState) -> Callable[[int], Callable]:
-    """The train step for a step number: the same one always, but for those that audit the budget."""
-
-    @functools.cache
-    def compiled(audit: bool):
-        settings = dataclasses.replace(experiment.settings, audit=audit)
-        step = functools.partial(train_step, model=experiment.model, optimizer=experiment.optimizer, settings=settings)
-        return jit_step(step, state, experiment.mesh)
-
-    every = experiment.config.objective.agreement.budget.audit_steps
-    return lambda step: compiled(experiment.settings.budget is not None and every > 0 and step % every == 0)
+def start_up_line(timer: dict[str, float], programs: StepPrograms) -> str:
+    """Where the time before and in the first step went."""
+    parts = {"data and weights": timer["setup"], "evaluation": timer["evaluation"], "compiling": programs.seconds}
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return f"first step done {timer['start_up']:.1f} s after the start ({spent})"
 
 
 def training_batches(experiment: Experiment) -> Iterator[list[Example]]:
-    """The batches of training examples, in an order fixed by the seed."""
+    """The batches of training examples, of each this host's rows, in an order fixed by the seed."""
     config = experiment.config
-    return batches(experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
+    rows = multihost.own_rows(batch_sharding(experiment.mesh), config.train.batch_size)
+    return batches(
+        experiment.train, batch_size=config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=rows
+    )
 
 
 def check_metrics(
@@ -211,9 +230,12 @@ def _last_good(checkpoints: Checkpoints) -> str:
 def host_metrics(experiment: Experiment, views: Views, step: int, started: float, collected: float) -> dict[str, float]:
     """What only the host knows of a step: times, lengths, learning rate, memory."""
     now = time.monotonic()
-    return {
+    # Not every runtime counts: a CPU's does not.
+    memory = jax.local_devices()[0].memory_stats() or {}
+    device = {"device_memory_gib": memory["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in memory else {}
+    return device | {
         "learning_rate": float(experiment.schedule(step)),
-        "tokens_per_second": float(np.sum(views.completions.mask)) / (now - started),
+        "tokens_per_second": float(jnp.sum(views.completions.mask)) / (now - started),
         "seconds_rollout": collected - started,
         "seconds_update": now - collected,
         "seconds_step": now - started,
@@ -229,10 +251,27 @@ def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
     if not experiment.config.evaluation.enabled:
         return None
     path = run_dir / "before.json"
-    if not path.exists():
+    (missing,) = multihost.largest(int(not path.exists()))
+    if missing:
         print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
-        write_json_atomic(path, evaluate_test(experiment, experiment.base, 0)._asdict())
+        evaluation = evaluate_test(experiment, experiment.base, 0)
+        if multihost.is_main():
+            write_json_atomic(path, evaluation._asdict())
+        multihost.wait_for_all("the evaluation of the starting point")
     return Evaluation(**json.loads(path.read_text()))
+
+
+def export(run_dir: Path, experiment: Experiment, state: TrainState, trained: dict[str, Any]) -> None:
+    """The trained model in Hugging Face's format, its adapters in PEFT's; the main process writes what all fetch."""
+    source = experiment.checkpoint
+    writing = {"fetch": multihost.gather, "write": multihost.is_main()}
+    save_hf(run_dir / "hf", experiment.model, trained, source=source, **writing)
+    for name, adapter in {"adapter": state.student, "teacher_adapter": state.teacher}.items():
+        if isinstance(adapter, Lora):
+            whole = jax.tree.map(multihost.gather, adapter)
+            if multihost.is_main():
+                save_peft(run_dir / name, experiment.model, whole, base=experiment.config.model.path)
+    multihost.wait_for_all("the export")
 
 
 def measure_drift(experiment: Experiment, trained: dict[str, Any]) -> float | None:
@@ -265,17 +304,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.print_config:
             print(configuration.to_yaml(command.config), end="")
             return 0
-        if command.dry_run:
-            dry_run(command.config)
-            return 0
-        result = run(command.config)
+        multihost.initialize(command.config.distributed)
+        with multihost.lost_processes_reported():
+            if command.dry_run:
+                dry_run(command.config)
+                return multihost.leave(0, together=True)
+            result = run(command.config)
     except (UserError, OSError) as error:
-        return report_error(error)
+        return multihost.leave(report_error(error))
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {str(error) or 'the same command continues from the last checkpoint'}", file=sys.stderr)
-        return INTERRUPTED
+        return multihost.leave(INTERRUPTED, together=isinstance(error, Interrupted))
     print_result(result)
-    return 0
+    return multihost.leave(0, together=True)
 
 
 def dry_run(config: Config) -> None:

@@ -28,7 +28,7 @@ OPTIONS = {
     "teacher": {"placement": "turns", "ema_sync_steps": 2},
     "rollout": {"max_completion_length": 8, "temperature": 1.0, "max_sampler_gap": 1e-4},
     "optimizer": {"learning_rate": 1e-2},
-    "train": {"steps": 6, "batch_size": 4},
+    "train": {"steps": 6, "batch_size": 4, "compilation_cache": None},
     "evaluation": {"batch_size": 6, "max_completion_length": 8, "drift_tokens": 4},
     "checkpoint": {"every": 2, "keep": 2},
 }

@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module", params=["llama31", "qwen25", "qwen25_untied"])
+@pytest.fixture(scope="module", params=["llama31", "qwen25", "qwen25_untied", "gemma3", "internlm3"])
 def golden(request):
     """(model, params, the numbers to match)."""
     if request.param == "llama31":

@@ -9,6 +9,7 @@ from unisd_jax.data.chat import Chat, load_chat
 from unisd_jax.errors import UserError
 from unisd_jax.testing import TURN_END, byte_tokenizer, tiny_checkpoint
 
+TOKENS = len(byte_tokenizer())
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 DIALOGUE = [*QUESTION, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3 + 3?"}]
 
@@ -128,6 +129,92 @@ def test_no_stop_id_at_all_is_refused(directory):
         load_chat(directory)
 
 
+def test_stop_ids_from_several_places_are_said_once(directory):
+    eos = byte_tokenizer().eos_token_id
+    edit_json(directory / "generation_config.json", eos_token_id=eos)
+    edit_json(directory / "config.json", eos_token_id=[eos], vocab_size=TOKENS)
+    assert load_chat(directory).notes == ()
+    edit_json(directory / "generation_config.json", eos_token_id=[eos, 5])
+    [note] = load_chat(directory).notes
+    assert note == (
+        f"a reply ends at any of the ids [5, {eos}], united from "
+        f"tokenizer [{eos}], generation_config.json [5, {eos}], config.json [{eos}]"
+    )
+    assert load_chat(directory, stop="tokenizer").notes == ()
+
+
+# --- Padding and the size of the vocabulary ---
+
+
+def test_a_missing_padding_token_is_said(directory):
+    edit_json(directory / "tokenizer_config.json", pad_token=None)
+    edit_json(directory / "config.json", vocab_size=TOKENS)
+    chat = load_chat(directory)
+    assert chat.pad_id == chat.tokenizer.eos_token_id
+    [note] = chat.notes
+    assert f"no padding token: id {chat.pad_id} ({TURN_END}) stands in" in note
+
+
+@pytest.mark.parametrize("rows", [TOKENS + 5, TOKENS + 133])
+def test_a_head_with_more_rows_than_tokens(directory, rows):
+    """As in Qwen2.5, whose heads have 151936 or 152064 rows for the same 151665 tokens."""
+    edit_json(directory / "config.json", vocab_size=rows)
+    chat = load_chat(directory)
+    assert chat.vocab_size == TOKENS and chat.head_rows == rows
+    assert chat.notes == (
+        f"the last {rows - TOKENS} of the head's {rows} rows belong to no token and are never sampled",
+    )
+
+
+def test_a_head_as_large_as_the_vocabulary(checkpoint, directory):
+    edit_json(directory / "config.json", vocab_size=TOKENS)
+    assert load_chat(directory).notes == () and load_chat(directory).vocab_size == TOKENS
+
+
+def test_the_head_of_a_wrapped_model(directory):
+    edit_json(directory / "config.json", vocab_size=None, text_config={"vocab_size": TOKENS + 1})
+    assert load_chat(directory).head_rows == TOKENS + 1
+
+
+def test_without_a_config_the_head_is_not_known(directory):
+    (directory / "config.json").unlink()
+    chat = load_chat(directory)
+    assert chat.head_rows is None and chat.vocab_size == TOKENS and chat.notes == ()
+
+
+@pytest.mark.parametrize("rows", [TOKENS - 1, 200])
+def test_tokens_beyond_the_head_are_refused(directory, rows):
+    """Looked up on a device they would silently become the last row."""
+    edit_json(directory / "config.json", vocab_size=rows)
+    with pytest.raises(UserError, match=rf"lies beyond the {rows} rows of the model's head") as error:
+        load_chat(directory)
+    assert str(error.value).startswith(f"model.path: token {TOKENS - 1 if rows > 200 else rows} (")
+
+
+def test_a_stop_id_beyond_the_head_is_refused(directory):
+    edit_json(directory / "generation_config.json", eos_token_id=5000)
+    with pytest.raises(UserError, match="token 5000 .* lies beyond the 264 rows"):
+        load_chat(directory)
+
+
+def test_a_placeholder_beyond_the_head_is_refused_only_in_text(directory):
+    """Gemma's token for an image lies beyond the head of its text models."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(directory)
+    edit_json(directory / "config.json", vocab_size=TOKENS)
+    chat = load_chat(directory)
+    assert chat.vocab_size == TOKENS
+    assert chat.notes == ("the model has no row for 1 token(s) of its tokenizer (<image>): text must not hold them",)
+    assert chat.reply_ids(QUESTION, "4")
+    for refused in (
+        lambda: chat.prompt_ids([{"role": "user", "content": "see <image>"}]),
+        lambda: chat.reply_ids(QUESTION, "<image>"),
+    ):
+        with pytest.raises(UserError, match="text holds the token '<image>', for which the model has no row"):
+            refused()
+
+
 # --- What cannot be a chat model's directory ---
 
 
@@ -169,3 +256,15 @@ def test_tokenizer_json_missing(directory):
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_chat(directory)
+
+
+def test_a_tokenizer_that_is_code_is_not_run(directory):
+    """InternLM3's; with a tokenizer.json beside it there is nothing to run."""
+    marker = directory / "ran"
+    (directory / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    edit_json(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    assert load_chat(directory).prompt_ids(QUESTION)
+    (directory / "tokenizer.json").rename(directory / "tokenizer.model")
+    with pytest.raises(UserError, match=r"code of its own \(auto_map\).*put the tokenizer\.json there"):
+        load_chat(directory)
+    assert not marker.exists()

@@ -1,5 +1,6 @@
-"""The decoder: padding, neighbours and the cache change nothing; attention and rotary positions by hand."""
+"""The decoder: padding, neighbours, the cache and every option change nothing; rotary positions by hand."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,19 +11,33 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisd_jax.errors import UserError
-from unisd_jax.models import Model, ModelConfig
-from unisd_jax.models import attention as attention_module
-from unisd_jax.models.attention import attention, causal, causal_attention, rotary_angles, rotary_frequencies, rotate
-from unisd_jax.models.config import Llama3Scaling
-from unisd_jax.models.decoder import token_positions
+from unisd_jax.models import Model, completion_hidden, completion_scores
+from unisd_jax.models.layout import place
+from unisd_jax.models.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+)
+from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.testing import tiny_config, tiny_model
 
 ROWS, LENGTH = 3, 12
-QWEN = dict(family="qwen2", attention_bias=True, tied_embeddings=True)
+FAMILIES = {
+    "llama": {},
+    "qwen2": dict(family="qwen2", attention_bias=True, tied_embeddings=True),
+    "qwen3": dict(family="qwen3"),
+    "gemma3": dict(
+        family="gemma3_text", tied_embeddings=True, query_scalar=6.0, num_layers=3, sliding_window=3,
+        sliding_layers=(True, False, True), local_rope_theta=50.0,
+    ),
+    "dynamic": dict(family="internlm3", rope_scaling=DynamicScaling(6.0, 5), max_position=5),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[{}, QWEN], ids=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
 def toy(request):
     """(model, params, hidden(ids, mask)) with `hidden` compiled once for [ROWS, LENGTH]."""
     model, params = toys.random_model(**request.param)
@@ -79,25 +94,117 @@ def test_order_matters(toy):
     assert np.max(np.abs(hidden(ids, mask) - hidden(swapped, mask))[:, -1]) > 1e-3
 
 
-@pytest.mark.parametrize("pieces", [(9, 1, 1, 1), (12,), (5, 4, 3)], ids=str)
-def test_the_cache_gives_what_one_pass_gives(toy, pieces):
+def test_a_row_without_tokens_is_finite(toy):
+    *_, hidden = toy
+    mask = np.array([[0] * LENGTH, [1] * LENGTH, [0] * (LENGTH - 1) + [1]], bool)
+    assert np.isfinite(hidden(toys.random_tokens(np.random.default_rng(2), (ROWS, LENGTH)), mask)).all()
+
+
+@pytest.mark.parametrize("prompt", [1, 4, LENGTH])
+def test_the_cache_gives_what_one_pass_gives(toy, prompt):
+    """A prompt at once and then token by token, whatever stands in the slots between them."""
     model, params, hidden = toy
+    if isinstance(model.config.rope_scaling, DynamicScaling):
+        pytest.skip("its base moves with the length, while keys in a cache stay as they were turned")
     rng = np.random.default_rng(1)
     ids = toys.random_tokens(rng, (ROWS, LENGTH))
-    mask = np.arange(LENGTH) >= np.array([[0], [3], [4]])
-    positions, attend = token_positions(jnp.asarray(mask)), causal(jnp.asarray(mask))
-    # Room for more tokens than there are: the slots behind the last one must not be seen.
+    mask = np.arange(LENGTH) >= np.minimum([[0], [3], [4]], prompt - 1)
+    counts = mask[:, :prompt].sum(axis=1)
+    states, cache = jax.jit(model.prefill, static_argnums=3)(params, ids[:, :prompt], mask[:, :prompt], LENGTH)
+    # The slots that hold no token must not be seen.
+    slots = np.arange(prompt + LENGTH)
+    empty = (slots >= counts[:, None]) & ((slots < prompt) | (slots >= 2 * LENGTH))
+    cache = jax.tree.map(lambda x: jnp.where(empty[:, None, :, None], 7.0, x), cache)
+    found, extend = [states], jax.jit(model.extend)
+    for step in range(LENGTH - prompt):
+        seen = (slots < counts[:, None]) | ((slots >= prompt) & (slots <= prompt + step))
+        token = ids[:, prompt + step, None]
+        states, cache = extend(params, token, (counts + step)[:, None], seen[:, None], cache, prompt + step)
+        found.append(states[:, 0])
+    np.testing.assert_allclose(np.stack(found, axis=1), hidden(ids, mask)[:, prompt - 1 :], atol=1e-5)
+
+
+def test_several_tokens_extend_the_cache(toy):
+    model, params, hidden = toy
+    if isinstance(model.config.rope_scaling, DynamicScaling):
+        pytest.skip("its base moves with the length, while keys in a cache stay as they were turned")
+    ids = toys.random_tokens(np.random.default_rng(1), (ROWS, LENGTH))
     cache = jax.tree.map(lambda x: jnp.full_like(x, 7.0), model.empty_cache(ROWS, LENGTH + 2, jnp.float32))
-    attend = np.pad(attend, ((0, 0), (0, 0), (0, 2)))
-    found, start = [], 0
-    extend = jax.jit(model.extend)
-    for size in pieces:
-        part = slice(start, start + size)
-        states, cache = extend(params, ids[:, part], positions[:, part], attend[:, part], cache, start)
+    found, start, extend = [], 0, jax.jit(model.extend)
+    for size in (5, 4, 3):
+        positions = jnp.tile(jnp.arange(start, start + size), (ROWS, 1))
+        attend = jnp.arange(LENGTH + 2) <= positions[..., None]
+        states, cache = extend(params, ids[:, start : start + size], positions, attend, cache, start)
         found.append(states)
         start += size
-    found = np.concatenate(found, axis=1)
-    np.testing.assert_allclose(found[mask], hidden(ids, mask)[mask], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), hidden(ids, np.ones_like(ids, bool)), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(attention="splash_interpret"), dict(remat="layer"), dict(remat="products")])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_options_change_neither_states_nor_gradient(family, changes):
+    model, params = toys.random_model(**FAMILIES[family])
+    ids = jnp.asarray(toys.random_tokens(np.random.default_rng(3), (ROWS, LENGTH)))
+    mask = jnp.arange(LENGTH) >= jnp.array([[0], [3], [8]])
+
+    def states_and_gradient(model):
+        def loss(params):
+            states = jnp.where(mask[..., None], model.hidden(params, ids, mask), 0)
+            return jnp.sum(jnp.sin(states)), states
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected, found = (states_and_gradient(model) for model in (model, dataclasses.replace(model, **changes)))
+    toys.assert_trees_close(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["xla", "splash_interpret"])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(num_kv_heads=1), dict(num_heads=3, num_kv_heads=3), FAMILIES["gemma3"]],
+    ids=["divided", "shared", "whole", "gemma3"],
+)  # fmt: skip
+def test_a_mesh_changes_nothing(changes, attention):
+    """Two devices for the heads; one key-value head is repeated for them, three query heads stay together."""
+    model, params = toys.random_model(**changes)
+    mesh = build_mesh(2, 1, 2)
+    on_mesh = dataclasses.replace(model, attention=attention, mesh=mesh)
+    ids = toys.random_tokens(np.random.default_rng(6), (4, LENGTH))
+    mask = np.arange(LENGTH) >= np.array([[0], [3], [8], [1]])
+    found = jax.jit(on_mesh.hidden)(place(params, mesh), ids, mask)
+    np.testing.assert_allclose(found[mask], jax.jit(model.hidden)(params, ids, mask)[mask], atol=2e-5)
+    states, _ = jax.jit(on_mesh.prefill, static_argnums=3)(place(params, mesh), ids, mask, 2)
+    np.testing.assert_allclose(states, found[:, -1], atol=2e-5)
+
+
+def test_completion_states_are_those_that_predict(toy):
+    model, params, hidden = toy
+    rng = np.random.default_rng(4)
+    prompts, completions = toys.left_padded(rng, ROWS, 7), toys.right_padded(rng, ROWS, LENGTH - 6)
+    found = jax.jit(completion_hidden, static_argnums=0)(model, params, None, prompts, completions)
+    ids = np.concatenate([prompts.ids, completions.ids[:, :-1]], axis=1)
+    mask = np.concatenate([prompts.mask, completions.mask[:, :-1]], axis=1)
+    np.testing.assert_allclose(found[completions.mask], hidden(ids, mask)[:, 6:][completions.mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"], ids=["untied", "tied"])
+def test_padding_of_the_vocabulary_changes_nothing(family):
+    model, params = toys.random_model(**FAMILIES[family])
+    padded, shapes = Model.build(model.config, vocab_multiple=24)
+    assert padded.head_options.vocab_size == toys.VOCABULARY and model.head_options.vocab_size is None
+    assert shapes["embed"]["weight"].shape[0] == padded.head(padded.init(0)).shape[0] == 48
+    assert not padded.head(padded.init(0))[toys.VOCABULARY :].any()
+    # Rows that would win if anything looked at them.
+    wide = params | {
+        name: {"weight": jnp.pad(params[name]["weight"], ((0, 16), (0, 0)), constant_values=9.0)}
+        for name in ("embed", "head")
+        if name in params
+    }
+    rng = np.random.default_rng(5)
+    batch = toys.left_padded(rng, ROWS, 7), toys.right_padded(rng, ROWS, 5)
+    scores = jax.jit(completion_scores, static_argnums=0)
+    toys.assert_trees_close(scores(padded, wide, None, *batch), scores(model, params, None, *batch), atol=1e-6)
+    states = jnp.asarray(rng.standard_normal((2, 3, model.config.hidden_size)), jnp.float32)
+    np.testing.assert_allclose(padded.logits(wide, states), model.logits(params, states), atol=1e-6)
 
 
 def test_logits_are_float32_products_with_the_head(toy):
@@ -112,44 +219,11 @@ def test_logits_are_float32_products_with_the_head(toy):
     assert logits.dtype == jnp.float32
 
 
-def test_attention_by_hand():
-    """Six query heads share two key-value heads in order: 0, 1, 2 read the first one."""
-    rng = np.random.default_rng(2)
-    query = rng.standard_normal((2, 3, 6, 4)).astype(np.float32)
-    key, value = rng.standard_normal((2, 2, 2, 5, 4)).astype(np.float32)
-    attend = rng.random((2, 3, 5)) < 0.6
-    attend[:, :, 0] = True
-    expected = np.zeros_like(query)
-    for b, s, n in np.ndindex(2, 3, 6):
-        scores = key[b, n // 3][attend[b, s]] @ query[b, s, n] / 2.0
-        weights = np.exp(scores) / np.exp(scores).sum()
-        expected[b, s, n] = weights @ value[b, n // 3][attend[b, s]]
-    mixed = attention(*map(jnp.asarray, (query, key, value, attend)))
-    np.testing.assert_allclose(mixed, expected, atol=1e-5)
-
-
-def test_a_query_that_may_see_nothing_is_not_nan():
-    ones = jnp.ones((1, 1, 2, 4))
-    mixed = attention(jnp.ones((1, 2, 1, 4)), ones, ones, jnp.zeros((1, 2, 2), bool))
-    assert np.isfinite(mixed).all()
-
-
-@pytest.mark.parametrize("length", [4, 8, 10])
-def test_blocks_of_queries_change_nothing(monkeypatch, length):
-    monkeypatch.setattr(attention_module, "CAUSAL_BLOCK", 4)
-    rng = np.random.default_rng(6)
-    query = jnp.asarray(rng.standard_normal((3, length, 4, 4)), jnp.float32)
-    key, value = jnp.asarray(rng.standard_normal((2, 3, 2, length, 4)), jnp.float32)
-    mask = jnp.arange(length) >= jnp.array([[0], [1], [length - 2]])
-    blocks, whole = causal_attention(query, key, value, causal(mask)), attention(query, key, value, causal(mask))
-    np.testing.assert_allclose(blocks[mask], whole[mask], atol=1e-6)
-
-
 def test_rotary_pairs_are_half_the_width_apart():
-    config = tiny_config(head_dim=4, rope_theta=100.0)
-    np.testing.assert_allclose(rotary_frequencies(config), [1.0, 0.1], rtol=1e-6)
+    frequencies = rotary_frequencies(4, 100.0)
+    np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
     x = jnp.array([1.0, 2.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
-    turned = rotate(x, *rotary_angles(jnp.array([[3]]), config))
+    turned = rotate(x, *rotary_angles(jnp.array([[3]]), frequencies))
     expected = [math.cos(3), 2 * math.cos(0.3), math.sin(3), 2 * math.sin(0.3)]
     np.testing.assert_allclose(turned.ravel(), expected, rtol=1e-5)
 
@@ -157,11 +231,10 @@ def test_rotary_pairs_are_half_the_width_apart():
 def test_rotary_products_depend_on_the_distance_only():
     rng = np.random.default_rng(3)
     q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 1, 8)), jnp.float32)
-    config = tiny_config(head_dim=8)
 
     def product(i, j):
-        turned = [rotate(x, *rotary_angles(jnp.array([[at]]), config)) for x, at in ((q, i), (k, j))]
-        return float(jnp.vdot(*turned))
+        angles = (rotary_angles(jnp.array([[at]]), rotary_frequencies(8, 1e4)) for at in (i, j))
+        return float(jnp.vdot(*(rotate(x, *angle) for x, angle in zip((q, k), angles, strict=True))))
 
     assert product(5, 2) == pytest.approx(product(13, 10), abs=1e-4)
     assert product(5, 2) != pytest.approx(product(5, 3), abs=1e-2)
@@ -169,10 +242,7 @@ def test_rotary_products_depend_on_the_distance_only():
 
 def test_llama3_stretches_low_frequencies_only():
     scaling = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
-    plain, stretched = (
-        np.asarray(rotary_frequencies(tiny_config(head_dim=16, rope_theta=500_000.0, rope_scaling=rope)))
-        for rope in (None, scaling)
-    )
+    plain, stretched = (np.asarray(rotary_frequencies(16, 500_000.0, rope)) for rope in (None, scaling))
     turns = 64 * plain / (2 * math.pi)
     assert (turns > 4).sum() and ((turns > 1) & (turns < 4)).sum() and (turns < 1).sum(), "all three regions occur"
     np.testing.assert_allclose(stretched[turns > 4], plain[turns > 4])
@@ -182,14 +252,21 @@ def test_llama3_stretches_low_frequencies_only():
     np.testing.assert_allclose(stretched[between], plain[between] * (share + (1 - share) / 8), rtol=1e-5)
 
 
-def test_positions_count_unpadded_tokens():
-    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
-    np.testing.assert_array_equal(token_positions(mask), [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]])
+def test_linear_scaling_slows_everything_down():
+    plain, slow = (np.asarray(rotary_frequencies(16, 1e6, scaling)) for scaling in (None, LinearScaling(8.0)))
+    np.testing.assert_allclose(slow, plain / 8)
 
 
-def test_causal_leaves_out_padding():
-    allowed = causal(jnp.array([[False, True, True]]))
-    np.testing.assert_array_equal(allowed[0], [[0, 0, 0], [0, 1, 0], [0, 1, 1]])
+def test_dynamic_scaling_is_that_of_transformers():
+    """`_compute_dynamic_ntk_parameters` for the length of each row; at most max_position tokens change nothing."""
+    lengths, (theta, factor, longest, dim) = np.array([1, 64, 65, 200]), (5e7, 6.0, 64, 16)
+    found = rotary_frequencies(dim, theta, DynamicScaling(factor, longest), jnp.asarray(lengths))
+    for row, length in zip(np.asarray(found), lengths, strict=True):
+        seen = max(int(length), longest)
+        base = theta * ((factor * seen / longest) - (factor - 1)) ** (dim / (dim - 2))
+        np.testing.assert_allclose(row, 1.0 / (base ** (np.arange(0, dim, 2) / dim)), rtol=2e-6)
+    np.testing.assert_allclose(found[:2], np.tile(rotary_frequencies(dim, theta), (2, 1)), rtol=1e-6)
+    assert np.all(found[2, 1:] < found[1, 1:])
 
 
 def test_the_model_is_a_static_argument():
@@ -210,59 +287,3 @@ def test_building_allocates_nothing_and_init_has_the_same_shapes():
     assert not np.array_equal(other, params["embed"]["weight"])
     layers = params["layers"]["attention"]["q"]["kernel"]
     assert not np.array_equal(layers[0], layers[1]), "layers start from different numbers"
-
-
-CONFIGS = [
-    {},
-    dict(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), rope_theta=500_000.0),
-    QWEN | dict(rope_theta=1e6, norm_eps=1e-6),
-]
-
-
-@pytest.mark.parametrize("changes", CONFIGS, ids=["llama", "llama31", "qwen2"])
-def test_a_config_survives_the_round_trip(changes):
-    config = tiny_config(**changes)
-    assert ModelConfig.from_hf(config.to_hf()) == config
-
-
-def test_older_config_fields_are_understood():
-    """rope_theta and rope_scaling beside each other, no head_dim, no num_key_value_heads."""
-    hf = tiny_config().to_hf()
-    for field in ("rope_parameters", "head_dim", "num_key_value_heads"):
-        del hf[field]
-    scaling = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    config = ModelConfig.from_hf(hf | {"rope_theta": 5e5, "rope_scaling": scaling})
-    assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (5e5, 8, 4)
-    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
-    assert ModelConfig.from_hf(hf | {"rope_scaling": None}).rope_scaling is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; supported: llama, qwen2"),
-        ({"model_type": None}, "model_type is None"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"hidden_size": None}, "hidden_size is None; expected a positive integer"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
-        ({"vocab_size": True}, "vocab_size is True"),
-        ({"intermediate_size": 0}, "intermediate_size is 0"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is None"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of 4 heads"),
-        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
-        ({"head_dim": 7}, "head_dim is 7"),
-        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_unsupported_field_is_named(changes, message):
-    with pytest.raises(UserError) as error:
-        ModelConfig.from_hf(tiny_config().to_hf() | changes)
-    assert message in str(error.value) and "\n" not in str(error.value)

@@ -12,16 +12,24 @@ import toys
 from safetensors.numpy import load_file, save_file
 
 from unisd_jax.errors import UserError
-from unisd_jax.models import hf_io, load_hf, read_config, save_hf
+from unisd_jax.models import hf_io, hf_tensors, iter_hf_tensors, load_hf, read_config, save_hf
 from unisd_jax.models.config import Llama3Scaling
+from unisd_jax.models.safetensors_io import Entry, TensorFile, new_tensor_file
+from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.testing import tiny_checkpoint
 
 VARIANTS = {
     "untied": {},
     "tied": dict(tied_embeddings=True),
     "qwen2": dict(family="qwen2", attention_bias=True, tied_embeddings=True),
-}
-WEIGHTS = "model.safetensors"
+    "qwen3": dict(family="qwen3"),
+    "internlm3": dict(family="internlm3", attention_bias=True),
+    "gemma3": dict(
+        family="gemma3_text", tied_embeddings=True, query_scalar=6.0, num_layers=3, sliding_window=3,
+        sliding_layers=(True, True, False), local_rope_theta=100.0,
+    ),
+}  # fmt: skip
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def assert_same_bits(found, expected):
@@ -40,7 +48,36 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, variant, dtype):
     loaded_model, loaded = load_hf(tmp_path / "model", dtype=dtype)
     assert loaded_model.config == model.config
     assert_same_bits(loaded, params)
-    assert ("lm_head.weight" in load_file(tmp_path / "model" / WEIGHTS)) == (variant == "untied")
+    tied = model.config.tied_embeddings
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / WEIGHTS)) == (not tied)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_saved_from_eight_devices_is_loaded_onto_eight(tmp_path, variant):
+    """With a vocabulary that they cannot share evenly, and as shards; without a mesh the padding is gone."""
+    model, params = toys.random_model(**VARIANTS[variant], vocab_size=29)
+    save_hf(tmp_path / "whole", model, params)
+    mesh = build_mesh(1, 2, 4)
+    sharded_model, sharded = load_hf(tmp_path / "whole", mesh=mesh)
+    assert sharded["embed"]["weight"].shape == (32, 16) and not np.asarray(sharded["embed"]["weight"][29:]).any()
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(sharded))
+    save_hf(tmp_path / "sharded", sharded_model, sharded, shard_bytes=3000)
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 3
+    assert_same_bits(load_hf(tmp_path / "sharded", mesh=mesh)[1], sharded)
+    assert_same_bits(load_hf(tmp_path / "sharded")[1], params)
+    assert hf_tensors(sharded_model, sharded)["model.embed_tokens.weight"].shape == (29, 16)
+
+
+def test_each_device_reads_its_own_part_only(checkpoint, monkeypatch):
+    parts = []
+    place = jax.make_array_from_callback
+
+    def watched(shape, sharding, callback):
+        return place(shape, sharding, lambda index: parts.append(np.shape(callback(index))) or callback(index))
+
+    monkeypatch.setattr(jax, "make_array_from_callback", watched)
+    load_hf(checkpoint, mesh=build_mesh(1, 2, 4))
+    assert max(np.prod(part) for part in parts) == max(4 * 16, 24 * 16 // 8)
 
 
 def test_the_loaded_model_is_the_same_key_of_the_jit_cache(tmp_path):
@@ -85,6 +122,97 @@ def test_several_weight_files_are_one_checkpoint(checkpoint):
     assert_same_bits(load_hf(checkpoint)[1], expected)
 
 
+@pytest.fixture
+def shards(checkpoint):
+    """The checkpoint as three files and an index."""
+    model, params = load_hf(checkpoint)
+    save_hf(checkpoint, model, params, shard_bytes=9000)
+    assert len(list(checkpoint.glob("*.safetensors"))) == 3
+    return checkpoint
+
+
+def test_shards_and_their_index(shards):
+    """As transformers writes them: each tensor in one file, no file over the limit, no file without a tensor."""
+    index = json.loads((shards / INDEX).read_text())
+    held = {file.name: load_file(file) for file in shards.glob("*.safetensors")}
+    assert sorted(held) == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert index["weight_map"] == {tensor: name for name, tensors in held.items() for tensor in tensors}
+    sizes = [sum(value.nbytes for value in tensors.values()) for tensors in held.values()]
+    assert max(sizes) <= 9000 and index["metadata"]["total_size"] == sum(sizes)
+    assert_same_bits(load_hf(shards)[1], toys.random_model()[1])
+
+
+def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
+    save_hf(tmp_path / "model", *toys.random_model(), shard_bytes=1)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3 + 2 * 9
+    assert_same_bits(load_hf(tmp_path / "model")[1], toys.random_model()[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16], ids=lambda kind: kind.__name__)
+def test_files_are_laid_out_as_the_library_reads_them(tmp_path, dtype):
+    """Also where one type leaves the next at an odd place."""
+    values = {"one": np.arange(3).astype(dtype), "two": np.ones((2, 5), np.float32), "none": np.zeros((0, 4), dtype)}
+    entries = [Entry(name, value.shape, value.dtype) for name, value in values.items()]
+    with new_tensor_file(tmp_path / "file", entries) as append:
+        for value in values.values():
+            append(value)
+    theirs, ours = load_file(tmp_path / "file"), TensorFile(tmp_path / "file")
+    assert set(ours.names) == set(theirs) == set(values)
+    for name, value in values.items():
+        assert theirs[name].dtype == ours.view(name).dtype == value.dtype
+        assert theirs[name].tobytes() == ours.view(name).tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_half_precision_checkpoint(checkpoint, dtype):
+    """float16 files, as some old checkpoints have them."""
+    rewrite(checkpoint, lambda tensors: tensors.update({k: v.astype(np.float16) for k, v in tensors.items()}))
+    _, params = toys.random_model()
+    expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(dtype), params)
+    assert_same_bits(load_hf(checkpoint, dtype=dtype)[1], expected)
+
+
+def test_one_tensor_at_a_time_comes_to_the_host(tmp_path):
+    """And where several processes gather it, those that write nothing gather the same in the same order."""
+    model, params = toys.random_model()
+    shapes = {True: [], False: []}
+    for write in (True, False):
+
+        def fetch(value, write=write):
+            shapes[write].append(value.shape)
+            return np.asarray(value)
+
+        save_hf(tmp_path / str(write), model, params, fetch=fetch, write=write)
+    assert shapes[True] == shapes[False] and len(shapes[True]) == 3 + 2 * 9
+    assert max(map(len, shapes[True])) == 2, "no stacked leaf is fetched as a whole"
+    assert os.listdir(tmp_path) == ["True"]
+    assert [name for name, _ in iter_hf_tensors(model, params)] == list(hf_tensors(model, params))
+
+
+WRAPPED = {"as the hub has it": "language_model.model.", "as transformers writes it": "model.language_model."}
+
+
+@pytest.mark.parametrize("prefix", WRAPPED.values(), ids=WRAPPED)
+def test_a_model_with_a_vision_tower_is_read_and_written_as_its_text_model(tmp_path, prefix):
+    model, params = toys.random_model(**VARIANTS["gemma3"])
+    save_hf(tmp_path / "text", model, params)
+    tensors = load_file(tmp_path / "text" / WEIGHTS)
+    tensors = {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+    tensors["vision_tower.patches.weight"] = np.ones((2, 2), np.float32)
+    (tmp_path / "wrapped").mkdir()
+    save_file(tensors, tmp_path / "wrapped" / WEIGHTS)
+    text = json.loads((tmp_path / "text" / "config.json").read_text()) | {"pad_token_id": 0}
+    wrapper = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "eos_token_id": [1, 5]}
+    (tmp_path / "wrapped" / "config.json").write_text(json.dumps(wrapper))
+
+    loaded_model, loaded = load_hf(tmp_path / "wrapped")
+    assert_same_bits(loaded, params)
+    save_hf(tmp_path / "again", loaded_model, loaded, source=tmp_path / "wrapped")
+    assert load_hf(tmp_path / "again")[0] == loaded_model
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config == text | {"eos_token_id": [1, 5], "dtype": "float32"}
+
+
 def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     model, params = toys.random_model(tied_embeddings=True)
     save_hf(tmp_path / "model", model, params)
@@ -118,13 +246,14 @@ def test_saving_replaces_the_directory_as_a_whole(checkpoint):
     assert os.listdir(checkpoint.parent) == [checkpoint.name]
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(checkpoint, monkeypatch):
+@pytest.mark.parametrize("step", ["new_tensor_file", "write_json_atomic"])
+def test_a_failed_save_leaves_the_old_checkpoint(checkpoint, monkeypatch, step):
     expected = load_hf(checkpoint)[1]
 
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hf_io, "save_file", full_disk)
+    monkeypatch.setattr(hf_io, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_hf(checkpoint, *toys.random_model(seed=1))
     assert_same_bits(load_hf(checkpoint)[1], expected)
@@ -192,10 +321,10 @@ def rewrite(checkpoint, change):
     save_file(tensors, checkpoint / WEIGHTS)
 
 
-def refused(path):
+def refused(path, **options):
     """The one line that a user reads."""
     with pytest.raises(UserError) as error:
-        load_hf(path)
+        load_hf(path, **options)
     message = str(error.value)
     assert "\n" not in message and str(path) in message
     return message
@@ -270,6 +399,57 @@ def test_a_truncated_file(checkpoint, kept):
     data = (checkpoint / WEIGHTS).read_bytes()
     (checkpoint / WEIGHTS).write_bytes(data[:kept])
     assert f"{WEIGHTS}: not a readable safetensors file" in refused(checkpoint)
+
+
+def test_a_missing_shard(shards):
+    (shards / "model-00002-of-00003.safetensors").unlink()
+    message = refused(shards)
+    assert f"model-00002-of-00003.safetensors, which {INDEX} names, is missing" in message
+
+
+def test_an_index_that_is_wrong(shards):
+    index = json.loads((shards / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (shards / INDEX).write_text(json.dumps(index))
+    assert f"{INDEX} says that model.norm.weight is in model-00001-of-00003.safetensors" in refused(shards)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index(shards, content):
+    (shards / INDEX).write_text(content)
+    assert INDEX in refused(shards)
+
+
+def test_an_index_that_points_elsewhere(shards):
+    (shards / INDEX).write_text(json.dumps({"weight_map": {"a": "../model/model-00001-of-00003.safetensors"}}))
+    assert "is missing" in refused(shards)
+
+
+def test_a_truncated_shard(shards):
+    shard = shards / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard.name}: not a readable safetensors file" in refused(shards)
+
+
+def test_quantised_weights(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.update({"model.norm.weight": np.ones(16, np.int8)}))
+    assert "tensor model.norm.weight is stored as I8; expected one of F32, F16, BF16" in refused(checkpoint)
+
+
+def test_a_stacked_weight_that_is_not_finite(checkpoint):
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(checkpoint, lambda tensors: tensors.update({name: np.full((16, 24), np.inf, np.float32)}))
+    assert f"tensor {name} holds NaN or infinity" in refused(checkpoint)
+
+
+def test_a_weight_too_large_for_bfloat16(checkpoint):
+    names = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+    for name in names:
+        original = load_file(checkpoint / WEIGHTS)[name]
+        rewrite(checkpoint, lambda tensors, name=name: tensors.update({name: np.full_like(tensors[name], 3.4e38)}))
+        load_hf(checkpoint)
+        assert f"tensor {name} holds NaN or infinity" in refused(checkpoint, dtype=jnp.bfloat16)
+        rewrite(checkpoint, lambda tensors, name=name, old=original: tensors.update({name: old}))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -269,6 +269,17 @@ def test_a_higher_temperature_spreads_and_a_lower_one_sharpens():
     assert token.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(temperature=0.0), dict(top_k=2), dict(top_p=0.5), dict(min_p=0.9)])
+def test_entries_without_a_token_are_never_drawn(changes):
+    """The two likeliest entries of five have no token; the log-probs are of the softmax over all five."""
+    probabilities = np.array([0.1, 0.05, 0.15, 0.3, 0.4])
+    logits = jnp.tile(jnp.asarray(np.log(probabilities), jnp.float32), (200, 1))
+    keys = jax.random.split(jax.random.key(3), 200)
+    token, logp = choose_token(logits, keys, drawn(vocab_size=3, **changes))
+    assert set(np.unique(token)) == ({0, 1, 2} if changes == {} else {2} if "top_k" not in changes else {0, 2})
+    np.testing.assert_allclose(logp, np.log(probabilities)[token], atol=1e-5)
+
+
 def chi_square(counts, probabilities):
     """Σ (found − expected)² / expected; about the number of cells where the draws follow the probabilities."""
     expected = probabilities * counts.sum()

@@ -18,10 +18,10 @@ def pad_prompts(
 
 
 def pad_contexts(
-    rows: Sequence[Sequence[Sequence[int]]], *, pad_id: int, multiple: int = 1
+    rows: Sequence[Sequence[Sequence[int]]], *, pad_id: int, multiple: int = 1, at_least: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded `(ids [B, K, P] int32, mask [B, K, P] bool)` of K prompts a row; P is the longest, rounded up."""
-    flat = pad_prompts([prompt for row in rows for prompt in row], pad_id=pad_id, multiple=multiple)
+    """Left-padded `(ids [B, K, P] int32, mask [B, K, P] bool)` of K prompts a row, P as in `pad_prompts`."""
+    flat = pad_prompts([prompt for row in rows for prompt in row], pad_id=pad_id, multiple=multiple, at_least=at_least)
     ids, mask = (array.reshape(len(rows), len(rows[0]), -1) for array in flat)
     return ids, mask
 

@@ -76,8 +76,12 @@ def tokenize(
     return examples, dropped
 
 
-def batches(examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool) -> Iterator[list[Example]]:
+def batches(
+    examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool, rows: Sequence[int] | None = None
+) -> Iterator[list[Example]]:
     """An endless iterator over batches, reshuffled every pass; `get_state` and `set_state` save and restore its place.
+
+    `rows` are those of each batch that this host reads; None: all. The order does not depend on them.
 
     Raises:
       UserError: fewer examples than one batch needs.
@@ -87,7 +91,8 @@ def batches(examples: Sequence[Example], *, batch_size: int, seed: int, shuffle:
     dataset = grain.MapDataset.source(range(len(examples))).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat().batch(batch_size, batch_fn=lambda indices: [examples[index] for index in indices])
+    own = range(batch_size) if rows is None else rows
+    dataset = dataset.repeat().batch(batch_size, batch_fn=lambda indices: [examples[indices[row]] for row in own])
     # One reading thread: items are already in memory, and more would only race with the training threads.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 

@@ -4,13 +4,14 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.chat import Chat
 from unisd_jax.eval.runner import fixed_batches, greedy_replies
 from unisd_jax.models import Model, completion_hidden, divergence_scores
+from unisd_jax.models.layout import place_rows
+from unisd_jax.parallel.multihost import gather
 from unisd_jax.rollout import RolloutEngine
 from unisd_jax.types import Completions, Prompts
 
@@ -58,8 +59,8 @@ def drift_from_base(
         views = pad_prompts([row[0] for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
         ids, mask = pad_completions([row[1] for row in rows], pad_id=chat.pad_id, length=max_completion_length)
         mask[len(prompts) - start :] = False
-        divergence = _token_jsd(base, trained, *views, ids, mask, model=model)
-        total, count = total + float(np.asarray(divergence)[mask].sum()), count + int(mask.sum())
+        divergence = _token_jsd(base, trained, *place_rows((*views, ids, mask), model.mesh), model=model)
+        total, count = total + float(gather(divergence)[mask].sum()), count + int(mask.sum())
     return total / count
 
 

@@ -13,6 +13,8 @@ from unisd_jax.data.chat import Chat
 from unisd_jax.data.pipeline import Example
 from unisd_jax.data.tasks.base import Task
 from unisd_jax.models import Model, completion_scores
+from unisd_jax.models.layout import place_rows
+from unisd_jax.parallel.multihost import gather
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import RolloutEngine, Sampling
 from unisd_jax.types import Completions, Prompts
@@ -46,7 +48,7 @@ def replies(
     for number, rows in enumerate(fixed_batches(prompts, batch_size)):
         ids, mask = pad_prompts(rows, pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
         rollout = engine.generate(ids, mask, sampling, key=jax.random.fold_in(key, number), version=version)
-        found += [list(row[kept]) for row, kept in zip(np.asarray(rollout.ids), np.asarray(rollout.mask), strict=True)]
+        found += [list(row[kept]) for row, kept in zip(gather(rollout.ids), gather(rollout.mask), strict=True)]
     return [[int(token) for token in reply] for reply in found[: len(prompts)]]
 
 
@@ -87,8 +89,8 @@ def gold_logprob(
         )
         ids, mask = pad_completions([row.gold for row in rows], pad_id=chat.pad_id, length=length)
         mask[len(examples) - start :] = False
-        logps = token_logps(params, *prompts, ids, mask, model=model)
-        total, count = total + float(np.asarray(logps)[mask].sum()), count + int(mask.sum())
+        logps = token_logps(params, *place_rows((*prompts, ids, mask), model.mesh), model=model)
+        total, count = total + float(gather(logps)[mask].sum()), count + int(mask.sum())
     return total / count
 
 

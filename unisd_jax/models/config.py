@@ -4,23 +4,55 @@ import dataclasses
 from typing import Any
 
 from unisd_jax.errors import UserError
+from unisd_jax.models.hf_fields import boolean, integer, mapping, number, refuse
+from unisd_jax.models.rope import DynamicScaling as DynamicScaling
+from unisd_jax.models.rope import LinearScaling as LinearScaling
+from unisd_jax.models.rope import Llama3Scaling as Llama3Scaling
+from unisd_jax.models.rope import Scaling, read_scaling, rope_fields
 
-FAMILIES = ("llama", "qwen2")
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretch of the low rotary frequencies; lengths in tokens."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+}
+# What `transformers` takes where config.json says nothing.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    "gemma3_text": {
+        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True, "rope_theta": 1e6,
+    },
+    "internlm3": {"max_position_embeddings": 32768},
+}  # fmt: skip
+# Fields that would change what is computed → the values under which they do not.
+INERT = {
+    "mlp_bias": (False,),
+    "bias": (False,),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+    "is_causal": (True,),
+    "use_sliding_window": (False,),
+    "use_bidirectional_attention": (False,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "quantization_config": (None,),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder in the Llama layout. Hashable, so it can be a static argument of jit."""
+    """The shape of a decoder of one of the families. Hashable, so it can be a static argument of jit.
+
+    `sliding_layers` says of each layer whether it sees only the last `sliding_window` tokens (the token itself among
+    them) and turns with `local_rope_theta`, unscaled; it is empty where all layers see everything.
+    """
 
     family: str
     vocab_size: int
@@ -32,65 +64,72 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: Scaling | None
     attention_bias: bool
     tied_embeddings: bool
     max_position: int
+    query_scalar: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    local_rope_theta: float | None = None
+
+    @property
+    def is_gemma(self) -> bool:
+        """Four norms per layer that multiply by 1 + w, scaled embeddings, a tanh GELU."""
+        return self.family == "gemma3_text"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised, each head by itself."""
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
-        """Reads a parsed `config.json`.
+        """Reads a parsed `config.json`; of a Gemma 3 with a vision tower, the text model.
 
         Raises:
           UserError: the family or one of its fields is not supported; the message names the field.
         """
-        family = hf.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"config.json: model_type is {family!r}; supported: {', '.join(FAMILIES)}")
-        _refuse(hf, "hidden_act", ("silu",))
-        _refuse(hf, "mlp_bias", (False,))
-        _refuse(hf, "use_sliding_window", (False,))
-        if family == "llama":
-            _refuse(hf, "attention_bias", (False,))
-        heads = _integer(hf, "num_attention_heads")
-        hidden = _integer(hf, "hidden_size")
-        kv_heads = _integer(hf, "num_key_value_heads", heads)
+        hf = _text_model(hf)
+        family = hf["model_type"]
+        hf = DEFAULTS[family] | hf
+        _refuse_what_changes_numbers(hf, family)
+        heads, hidden = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
+        kv_heads = integer(hf, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise UserError(f"config.json: num_key_value_heads is {kv_heads}; expected a divisor of {heads} heads")
-        head_dim = _integer(hf, "head_dim", hidden // heads)
+        head_dim = integer(hf, "head_dim", hidden // heads)
         if head_dim % 2:
             raise UserError(f"config.json: head_dim is {head_dim}; expected an even number")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        return cls(
+        max_position = integer(hf, "max_position_embeddings", 2048)
+        rope, local_rope = _rope_entries(hf, family)
+        fields = cls(
             family=family,
-            vocab_size=_integer(hf, "vocab_size"),
+            vocab_size=integer(hf, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(hf, "intermediate_size"),
-            num_layers=_integer(hf, "num_hidden_layers"),
+            intermediate_size=integer(hf, "intermediate_size"),
+            num_layers=integer(hf, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=_number(hf, "rms_norm_eps", 1e-6),
-            rope_theta=_number(rope if "rope_theta" in rope else hf, "rope_theta", 10_000.0),
-            rope_scaling=_rope_scaling(rope),
-            attention_bias=family == "qwen2",
-            tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position=_integer(hf, "max_position_embeddings", 2048),
+            norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            rope_theta=number(rope if "rope_theta" in rope else hf, "rope_theta", 10_000.0),
+            rope_scaling=read_scaling(rope, max_position),
+            attention_bias=family == "qwen2" or (family == "internlm3" and boolean(hf, "qkv_bias", False)),
+            tied_embeddings=boolean(hf, "tie_word_embeddings", False),
+            max_position=max_position,
         )
+        return dataclasses.replace(fields, **_gemma_fields(hf, local_rope)) if fields.is_gemma else fields
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that `from_hf` reads back to this value."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_scaling is not None:
-            rope |= {
-                "rope_type": "llama3",
-                "factor": self.rope_scaling.factor,
-                "low_freq_factor": self.rope_scaling.low_freq_factor,
-                "high_freq_factor": self.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": self.rope_scaling.original_max_position,
-            }
-        return {
-            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.family]],
+        fields = {
+            "architectures": [ARCHITECTURES[self.family]],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -101,43 +140,87 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": self.norm_eps,
-            "rope_parameters": rope,
+            "rope_parameters": rope_fields(self.rope_theta, self.rope_scaling),
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": self.tied_embeddings,
             "max_position_embeddings": self.max_position,
         }
+        if self.family == "internlm3":
+            fields |= {"bias": False, "qkv_bias": self.attention_bias}
+        if not self.is_gemma:
+            return fields
+        del fields["hidden_act"]
+        local_theta = self.local_rope_theta or self.rope_theta
+        return fields | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": self.query_scalar,
+            "sliding_window": self.sliding_window or self.max_position,
+            "layer_types": [LAYER_TYPES[slides] for slides in self.sliding_layers or (False,) * self.num_layers],
+            "rope_local_base_freq": local_theta,
+            "rope_parameters": {
+                "full_attention": fields["rope_parameters"],
+                "sliding_attention": rope_fields(local_theta, None),
+            },
+        }
 
 
-def _integer(hf: dict[str, Any], field: str, default: int | None = None) -> int:
-    value = hf.get(field)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {field} is {value!r}; expected a positive integer")
-    return value
+def _text_model(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text model, with a supported `model_type`."""
+    family = hf.get("model_type")
+    if family == "gemma3":
+        refuse(hf, "quantization_config", (None,))
+        tied = {"tie_word_embeddings": boolean(hf, "tie_word_embeddings", True)}
+        text = {"model_type": "gemma3_text"} | tied | mapping(hf, "text_config")
+        refuse(text, "model_type", ("gemma3_text",))
+        return text
+    if family not in ARCHITECTURES:
+        raise UserError(f"config.json: model_type is {family!r}; supported: {', '.join([*ARCHITECTURES, 'gemma3'])}")
+    return hf
 
 
-def _number(hf: dict[str, Any], field: str, default: float | None = None) -> float:
-    value = hf.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"config.json: {field} is {value!r}; expected a positive number")
-    return float(value)
+def _refuse_what_changes_numbers(hf: dict[str, Any], family: str) -> None:
+    for field, supported in INERT.items():
+        refuse(hf, field, supported)
+    if family == "gemma3_text":
+        refuse(hf, "hidden_activation", ("gelu_pytorch_tanh",))
+    else:
+        refuse(hf, "hidden_act", ("silu",))
+        for kind in hf.get("layer_types") or ():
+            refuse({"layer_types": kind}, "layer_types", ("full_attention",))
+    # In qwen2 the biases are there whatever this field says; elsewhere it would put one on the output projection too.
+    if family != "qwen2":
+        refuse(hf, "attention_bias", (False,))
 
 
-def _refuse(hf: dict[str, Any], field: str, supported: tuple) -> None:
-    if hf.get(field, supported[0]) not in supported:
-        raise UserError(f"config.json: {field} is {hf[field]!r}; supported: {supported}")
+def _rope_entries(hf: dict[str, Any], family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary fields of full layers and of sliding ones."""
+    parameters, scaling = mapping(hf, "rope_parameters"), mapping(hf, "rope_scaling")
+    local: dict[str, Any] = {}
+    if family == "gemma3_text" and parameters:
+        for field in parameters:
+            refuse({"rope_parameters": field}, "rope_parameters", LAYER_TYPES)
+        local, parameters = mapping(parameters, "sliding_attention"), mapping(parameters, "full_attention")
+    if parameters and not scaling.items() <= parameters.items():
+        raise UserError(f"config.json: rope_scaling is {scaling}, unlike rope_parameters; expected one of them")
+    return parameters or scaling, local
 
 
-def _rope_scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"config.json: rope_type is {kind!r}; supported: default, llama3")
-    return Llama3Scaling(
-        factor=_number(rope, "factor"),
-        low_freq_factor=_number(rope, "low_freq_factor"),
-        high_freq_factor=_number(rope, "high_freq_factor"),
-        original_max_position=_integer(rope, "original_max_position_embeddings"),
-    )
+def _gemma_fields(hf: dict[str, Any], local_rope: dict[str, Any]) -> dict[str, Any]:
+    layers = integer(hf, "num_hidden_layers")
+    pattern = integer(hf, "sliding_window_pattern", 6)
+    kinds = hf.get("layer_types") or [LAYER_TYPES[(layer + 1) % pattern > 0] for layer in range(layers)]
+    for kind in kinds:
+        refuse({"layer_types": kind}, "layer_types", LAYER_TYPES)
+    if len(kinds) != layers:
+        raise UserError(f"config.json: layer_types has {len(kinds)} entries; expected num_hidden_layers = {layers}")
+    fields: dict[str, Any] = {"query_scalar": number(hf, "query_pre_attn_scalar")}
+    if "sliding_attention" not in kinds:
+        return fields
+    if read_scaling(local_rope, 1) is not None:
+        raise UserError(f"config.json: rope_type of sliding layers is {local_rope['rope_type']!r}; supported: default")
+    named = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | local_rope
+    return fields | {
+        "sliding_window": integer(hf, "sliding_window"),
+        "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds),
+        "local_rope_theta": number(named, "rope_theta"),
+    }

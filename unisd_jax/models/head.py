@@ -19,13 +19,15 @@ from unisd_jax.kernels import (
 class HeadOptions(NamedTuple):
     """How the fused kernels run: which implementation, tokens and vocabulary columns at a time, over which mesh.
 
-    The names are those of `fused_linear_jsd`. They change memory and speed, and no number but for rounding.
+    The names are those of `fused_linear_jsd`. They change memory and speed, and no number but for rounding;
+    `vocab_size` says where the padding of a padded output matrix begins.
     """
 
     implementation: str = "auto"
     chunk_size: int | None = None
     vocab_block: int | None = None
     layout: Layout | None = None
+    vocab_size: int | None = None
 
 
 def sampled_token_scores(

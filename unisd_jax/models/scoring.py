@@ -25,7 +25,7 @@ def completion_hidden(
     """The states that predict each completion token; the last token itself is not fed."""
     ids = jnp.concatenate([prompts.ids, completions.ids[:, :-1]], axis=1)
     mask = jnp.concatenate([prompts.mask, completions.mask[:, :-1]], axis=1)
-    return model.hidden(params, ids, mask, lora=lora, dropout=dropout)[:, prompts.ids.shape[1] - 1 :]
+    return model.hidden(params, ids, mask, lora=lora, dropout=dropout, first=prompts.ids.shape[1] - 1)
 
 
 def completion_scores(

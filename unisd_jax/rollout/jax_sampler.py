@@ -5,16 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from unisd_jax.models import Model
-from unisd_jax.models.attention import causal
-from unisd_jax.models.decoder import token_positions
+from unisd_jax.models.layout import place_rows
 from unisd_jax.rollout.protocol import Rollout, Sampling, require_version
 
 
 class JaxSampler:
-    """A `RolloutEngine` in this process. Row i of a batch draws from `fold_in(key, i)`, whatever stands beside it."""
+    """A `RolloutEngine` in this process. Row i of a batch draws from `fold_in(key, i)`, whatever stands beside it.
+
+    Prompts are numpy arrays, the whole batch on every host, or arrays that are laid out already.
+    """
 
     def __init__(self, model: Model):
         self.model = model
@@ -26,6 +29,8 @@ class JaxSampler:
 
     def generate(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> Rollout:
         require_version(self.version, version)
+        if isinstance(prompt_ids, np.ndarray):
+            prompt_ids, prompt_mask = place_rows((prompt_ids, prompt_mask), self.model.mesh)
         ids, mask, logps, stopped = sample(
             self.params, prompt_ids, prompt_mask, key, model=self.model, sampling=sampling
         )
@@ -53,12 +58,10 @@ def sample(
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
         return choose_token(logits, keys, sampling)
 
-    cache = model.empty_cache(batch, prompt_length + length, jax.tree.leaves(params)[0].dtype)
-    visible = jnp.pad(prompt_mask, ((0, 0), (0, length)))
-    attend = jnp.pad(causal(prompt_mask), ((0, 0), (0, 0), (0, length)))
-    hidden, cache = model.extend(params, prompt_ids, token_positions(prompt_mask), attend, cache, 0)
-    token, logp = draw(hidden[:, -1], 0)
+    hidden, cache = model.prefill(params, prompt_ids, prompt_mask, length)
+    token, logp = draw(hidden, 0)
     prompt_lengths = jnp.sum(prompt_mask, axis=1)
+    slots = jnp.arange(prompt_length + length)
 
     ids = jnp.full((batch, length), sampling.pad_id, jnp.int32)
     state = (
@@ -87,7 +90,7 @@ def sample(
     def decode(state):
         step, cache, token, _, stopped, ids, mask, logps = state
         slot = prompt_length + step - 1
-        seen = visible | ((jnp.arange(visible.shape[1]) >= prompt_length) & (jnp.arange(visible.shape[1]) <= slot))
+        seen = (slots < prompt_lengths[:, None]) | ((slots >= prompt_length) & (slots <= slot))
         positions = (prompt_lengths + step - 1)[:, None]
         hidden, cache = model.extend(params, token[:, None], positions, seen[:, None, :], cache, slot)
         token, logp = draw(hidden[:, -1], step)
@@ -101,12 +104,14 @@ def choose_token(
     logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token per row and its log-prob under the untruncated softmax at the sampling temperature."""
+    logps = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
+    drawable = logps
+    if sampling.vocab_size is not None:
+        drawable = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocab_size, logps, -jnp.inf)
     if sampling.temperature == 0:
-        logps = jax.nn.log_softmax(logits)
-        token = jnp.argmax(logits, axis=-1)
+        token = jnp.argmax(drawable, axis=-1)
     else:
-        logps = jax.nn.log_softmax(logits / sampling.temperature)
-        allowed = truncate(logps, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        allowed = truncate(drawable, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
         token = jax.vmap(jax.random.categorical)(keys, allowed)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]

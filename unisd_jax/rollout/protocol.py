@@ -10,7 +10,11 @@ from unisd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    Ids from `vocab_size` on are never drawn: entries of the head without a token. They stay part of the softmax whose
+    log-probs are recorded.
+    """
 
     max_completion_length: int
     stop_ids: tuple[int, ...]
@@ -19,6 +23,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    vocab_size: int | None = None
 
 
 class Rollout(NamedTuple):
