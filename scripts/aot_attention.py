@@ -49,7 +49,6 @@ CASES = [
     Case("gemma", "fused", devices=2),
     Case("gemma", "fused", remat="layer"),
     Case("llama", "xla"),
-    Case("gemma", "xla"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The torch half of `bench_step.py`, run by it in an environment of its own: same weights, same tokens, same loss.
+"""The torch half of `bench_against_torch.py`, run by it in its own environment: same weights, same tokens, same loss.
 
 Needs torch and transformers; prints one JSON line of seconds per workload. torch is no dependency of the project.
 """

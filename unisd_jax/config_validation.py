@@ -150,6 +150,7 @@ def check_values(values: Mapping[str, Any]) -> None:
             if values[name] is not None and not holds(values[name]):
                 raise ConfigError(f"{name} must be {expected}, found {show(values[name])}")
     _check_lora_targets(values["model.lora.targets"])
+    _check_start(values)
     _check_batch(values)
     check_mode(values)
     _check_clip_and_tokens(values)
@@ -160,6 +161,12 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name} is missing: data.task {show(values['data.task'])} reads its items from that file"
             )
+
+
+def _check_start(values: Mapping[str, Any]) -> None:
+    start, trainable = values["model.lora.start"], values["model.trainable"]
+    if start is not None and trainable != "lora":
+        raise ConfigError(f"model.lora.start is an adapter, but model.trainable is {show(trainable)}; expected lora")
 
 
 def _check_lora_targets(targets: list[str]) -> None:

@@ -155,9 +155,11 @@ def configured_model(model: Model, config: Config, mesh: jax.sharding.Mesh, *, b
     Raises:
       ConfigError: an implementation is asked for that the backend or the mesh cannot run.
     """
+    capability = float(getattr(mesh.devices.flat[0], "compute_capability", 9.0))
     attention = resolve_attention(
-        config.model.attention, backend=backend, dtype=jnp.dtype(config.model.dtype), head_dim=model.config.head_dim
-    )
+        config.model.attention, backend=backend, dtype=jnp.dtype(config.model.dtype),
+        head_dim=model.config.head_dim, capability=capability,
+    )  # fmt: skip
     scoring = head_options(config, mesh, backend=backend)._replace(vocab_size=model.head_options.vocab_size)
     used = mesh if mesh.size > 1 else None
     return dataclasses.replace(model, head_options=scoring, remat=config.train.remat, attention=attention, mesh=used)

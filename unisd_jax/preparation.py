@@ -313,8 +313,9 @@ def _generate(
                 "teacher.negatives.max_length"
             )
         key = jax.random.fold_in(purpose_key(config.seed, 0, purpose), call)
+        sampling = Sampling(max_length, chat.stop_ids, chat.pad_id, temperature, vocab_size=chat.vocab_size)
         found = replies(
-            sampler, prompts, chat, Sampling(max_length, chat.stop_ids, chat.pad_id, temperature), key=key, version=0,
+            sampler, prompts, chat, sampling, key=key, version=0,
             batch_size=min(8, len(prompts)), length_multiple=PROMPT_MULTIPLE,
         )  # fmt: skip
         return [chat.text(ids) for ids in found]

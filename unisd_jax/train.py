@@ -254,7 +254,9 @@ def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
     (missing,) = multihost.largest(int(not path.exists()))
     if missing:
         print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
-        evaluation = evaluate_test(experiment, experiment.base, 0)
+        adapted = experiment.config.model.lora.start is not None
+        start = student_params(experiment, new_state(experiment)) if adapted else experiment.base
+        evaluation = evaluate_test(experiment, start, 0)
         if multihost.is_main():
             write_json_atomic(path, evaluation._asdict())
         multihost.wait_for_all("the evaluation of the starting point")

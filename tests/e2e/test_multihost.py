@@ -22,12 +22,14 @@ STAR = {
     "checkpoint": {"every": 2},
 }
 TIME_LIMIT = 30  # seconds in which the others must end after one was killed; jax's own heartbeat takes 120
-KILL_AFTER_STEP = """
+SIGNAL_AFTER_STEP = """
 import os, signal
 from unisd_jax import train
-check = train.check_weights
+check, done = train.check_weights, []
 def check_and_kill(state, step, *rest):
-    if step == {step}: os.kill(os.getpid(), signal.{signal})
+    if step == {step} and not done:
+        done.append(step)
+        os.kill(os.getpid(), signal.{signal})
     return check(state, step, *rest)
 train.check_weights = check_and_kill
 """
@@ -136,7 +138,7 @@ def test_two_processes_compute_what_one_does(processes, alone, tmp_path, mesh):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processes, alone, tmp_path, victim):
-    before = KILL_AFTER_STEP.format(step=4, signal="SIGKILL")
+    before = SIGNAL_AFTER_STEP.format(step=4, signal="SIGKILL")
     running = processes.start(tmp_path, "--mesh.fsdp=4", before=before, victim=victim)
     running[victim].wait(timeout=300)
     died = time.monotonic()
@@ -156,7 +158,7 @@ def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processe
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(processes, tmp_path):
-    before = KILL_AFTER_STEP.format(step=2, signal="SIGTERM")
+    before = SIGNAL_AFTER_STEP.format(step=2, signal="SIGTERM")
     ends = processes.run(tmp_path, "--mesh.fsdp=4", before=before, victim=1)
     assert [end[0] for end in ends] == [130, 130], ends
     (saved,) = {re.search(r"stopped after step (\d)", end[2])[1] for end in ends}

@@ -109,6 +109,21 @@ def test_the_window_counts_allowed_keys_only():
     np.testing.assert_array_equal(within_window(attend, 9), attend)
 
 
+@pytest.mark.parametrize("window", [None, 1024])
+def test_a_long_gradient_holds_no_square(window):
+    shapes = [jax.ShapeDtypeStruct((1, 4096, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
+
+    def loss(*heads):
+        return jnp.sum(causal_attention(*heads, scale=0.25, window=window).astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).as_text()
+    assert "4096x4096" not in text
+    assert f"512x{4096 if window is None else 512 + window - 1}" in text, "the scores of a block"
+    # A block's scores are formed again: between the passes stand whole arrays only.
+    residuals = jax.eval_shape(lambda *heads: jax.vjp(loss, *heads)[1], *shapes)
+    assert max(x.size for x in jax.tree.leaves(residuals)) <= 4096 * 4 * 16
+
+
 SPLASH = {
     "plain": dict(length=128, heads=2, kv_heads=2, dim=128, window=None),
     "grouped": dict(length=100, heads=4, kv_heads=2, dim=64, window=None),
@@ -129,8 +144,8 @@ def test_splash_agrees_with_xla(case):
         np.testing.assert_allclose(gradient, expected, atol=1e-4)
 
 
-def lowered(implementation, platform, window, head_dim=64):
-    heads = draw(5, 2, 256, 4, 2, head_dim, jnp.bfloat16)
+def lowered(implementation, platform, window, head_dim=64, tokens=256):
+    heads = draw(5, 2, tokens, 4, 2, head_dim, jnp.bfloat16)
 
     def loss(*heads):
         options = dict(scale=0.125, window=window, implementation=implementation)
@@ -165,10 +180,17 @@ def test_cudnn_lowers_for_cuda(cudnn_is_there, window, length):
     assert f"sliding_window_length\\22: {length}" in text or f'"sliding_window_length": {length}' in text
 
 
+def test_cudnn_takes_odd_lengths_too(cudnn_is_there):
+    """It refuses them itself when there is a gradient; prompts and completions together are mostly of odd length."""
+    assert "2x256x4x64" in lowered("cudnn", "cuda", None, tokens=255)
+
+
 def test_what_auto_stands_for():
     resolve = functools.partial(resolve_attention, "auto")
     assert resolve(backend="gpu", dtype=jnp.bfloat16, head_dim=128) == "cudnn"
     assert resolve(backend="gpu", dtype=jnp.float16, head_dim=256) == "cudnn"
+    assert resolve(backend="gpu", dtype=jnp.bfloat16, head_dim=256, capability=8.0) == "xla"
+    assert resolve(backend="gpu", dtype=jnp.bfloat16, head_dim=128, capability=8.0) == "cudnn"
     assert resolve(backend="gpu", dtype=jnp.float32, head_dim=128) == "xla"
     assert resolve(backend="gpu", dtype=jnp.bfloat16, head_dim=264) == "xla"
     assert resolve(backend="gpu", dtype=jnp.bfloat16, head_dim=20) == "xla"

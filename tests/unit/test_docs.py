@@ -14,6 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/mechanisms.md",
+    "docs/checkpoints.md",
+    "docs/scaling.md",
     "docs/differences.md",
     "docs/kernels.md",
     "docs/metrics.md",

@@ -366,7 +366,7 @@ def test_computing_layers_again_changes_the_memory_and_not_the_gradients():
         compiled = jax.jit(gradients).lower(student, views).compile()
         return compiled(student, views), compiled.memory_analysis().temp_size_in_bytes
 
-    (kept, much), (again, little) = run(model), run(dataclasses.replace(model, remat=True))
+    (kept, much), (again, little) = run(model), run(dataclasses.replace(model, remat="layer"))
     toys.assert_trees_close(again, kept, atol=1e-6)
     assert little < 0.7 * much
 
@@ -452,7 +452,7 @@ def test_memory_does_not_grow_with_the_number_of_views():
 
     two, eight = temporary(2), temporary(8)
     assert 0 < eight < 1.1 * two
-    assert temporary(8, per_pass=8) > 2 * two, "what all at once would take"
+    assert temporary(8, per_pass=8) > 1.5 * two, "what all at once would take"
 
 
 # --- Budgets ---

@@ -63,7 +63,7 @@ def greedy_replies(
     length_multiple: int,
 ) -> list[list[int]]:
     """`replies` without randomness."""
-    sampling = Sampling(max_completion_length, chat.stop_ids, chat.pad_id, temperature=0.0)
+    sampling = Sampling(max_completion_length, chat.stop_ids, chat.pad_id, temperature=0.0, vocab_size=chat.vocab_size)
     return replies(
         engine, prompts, chat, sampling, key=purpose_key(0, 0, "evaluation"), version=version, batch_size=batch_size,
         length_multiple=length_multiple,

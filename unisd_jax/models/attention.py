@@ -19,14 +19,14 @@ MASKED_SCORE = -1e30
 CAUSAL_BLOCK, MOST_BLOCKS = 256, 8
 # Sequences longer than this form the scores of each block again for the gradient.
 KEPT_LENGTH = 1024
-# What cuDNN's flash attention takes, and how wide a TPU's registers are.
-CUDNN_DTYPES, CUDNN_MULTIPLE, CUDNN_HEAD_DIM = (jnp.bfloat16, jnp.float16), 8, 256
+# What cuDNN's flash attention takes (before compute capability 9.0 smaller heads), and how wide a TPU's registers are.
+CUDNN_DTYPES, CUDNN_MULTIPLE, CUDNN_HEAD_DIM, CUDNN_HEAD_DIM_BEFORE_HOPPER = (jnp.bfloat16, jnp.float16), 8, 256, 128
 LANES = 128
 SPLASH_BLOCKS = (512, 256, 128)
 
 
-def resolve_attention(name: str, *, backend: str, dtype: Any, head_dim: int) -> str:
-    """The implementation that `name` stands for on a backend ("cpu", "gpu" or "tpu").
+def resolve_attention(name: str, *, backend: str, dtype: Any, head_dim: int, capability: float = 9.0) -> str:
+    """The implementation that `name` stands for on a backend ("cpu", "gpu" or "tpu"); `capability` is a GPU's.
 
     Raises:
       UserError: no such implementation, or one that cannot run there.
@@ -34,7 +34,8 @@ def resolve_attention(name: str, *, backend: str, dtype: Any, head_dim: int) -> 
     if name not in IMPLEMENTATIONS:
         raise UserError(f"model.attention is {name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     dtype = jnp.dtype(dtype)
-    fits_cudnn = dtype in CUDNN_DTYPES and head_dim % CUDNN_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_DIM
+    most = CUDNN_HEAD_DIM if capability >= 9.0 else CUDNN_HEAD_DIM_BEFORE_HOPPER
+    fits_cudnn = dtype in CUDNN_DTYPES and head_dim % CUDNN_MULTIPLE == 0 and head_dim <= most
     if name == "auto":
         return {"gpu": "cudnn" if fits_cudnn else "xla", "tpu": "splash"}.get(backend, "xla")
     wanted = {"cudnn": "gpu", "splash": "tpu"}.get(name, backend)
@@ -43,7 +44,7 @@ def resolve_attention(name: str, *, backend: str, dtype: Any, head_dim: int) -> 
     if name == "cudnn" and not fits_cudnn:
         raise UserError(
             f"model.attention is cudnn, which takes bfloat16 or float16 and a head_dim that is a multiple of "
-            f"{CUDNN_MULTIPLE} and at most {CUDNN_HEAD_DIM}, not {dtype} and {head_dim}; use auto or xla"
+            f"{CUDNN_MULTIPLE} and at most {most} on this GPU, not {dtype} and {head_dim}; use auto or xla"
         )
     return name
 
@@ -124,11 +125,14 @@ def _in_blocks(query, key, value, *, scale: float, window: int | None):
 
 
 def _cudnn(query, key, value, *, scale: float, window: int | None):
-    """cuDNN's flash attention; its window counts the tokens before the token itself."""
-    return jax.nn.dot_product_attention(
+    """cuDNN's flash attention; its window counts the tokens before the token itself, and it takes even lengths only."""
+    length = query.shape[1]
+    query, key, value = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(
         query, key, value, scale=scale, is_causal=True, implementation="cudnn",
         local_window_size=None if window is None else (window - 1, 0),
     )  # fmt: skip
+    return mixed[:, :length]
 
 
 def _splash(query, key, value, *, scale: float, window: int | None, interpret: bool):

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,7 @@ class Decoder(nnx.Module):
             weights, factors, layer_cache, layer, sliding = layer_inputs
             layer_dropout = None if dropout is None else dropout.at(layer)
             adapter = None if lora is None else LayerAdapter(factors, lora.scale, layer_dropout)
-            turns = angles[0] if sliding is None else _choose(sliding, angles[1], angles[0])
+            turns = angles[0] if sliding is None else jax.tree.map(functools.partial(jnp.where, sliding), *angles[::-1])
             x, (key, value) = nnx.merge(block, weights)(x, turns, sliding, adapter, layer_cache, setting)
             return x, KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep else None
 
@@ -101,10 +102,10 @@ class Decoder(nnx.Module):
         """Cosine and sine of full layers, and of sliding ones where there are any."""
         config, local = self.config, self.config.local_rope_theta
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, lengths)
-        angles = [rotary_angles(positions, frequencies)]
-        return angles if local is None else [
-            *angles, rotary_angles(positions, rotary_frequencies(config.head_dim, local))
-        ]  # fmt: skip
+        full = rotary_angles(positions, frequencies)
+        return (
+            (full,) if local is None else (full, rotary_angles(positions, rotary_frequencies(config.head_dim, local)))
+        )
 
 
 def causal_mix(config: ModelConfig, implementation: str, mesh: Mesh | None) -> Callable[..., Array]:
@@ -134,10 +135,6 @@ def cached_mix(config: ModelConfig, attend: Bool[Array, "B S T"], slot: Int[Arra
         return attention(query, *cache, seen, scale=config.attention_scale)
 
     return mix
-
-
-def _choose(flag: Bool[Array, ""], chosen: Any, other: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), chosen, other)
 
 
 @dataclasses.dataclass(frozen=True)

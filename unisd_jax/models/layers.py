@@ -16,7 +16,7 @@ from unisd_jax.models.rope import rotate
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer; slot `t` of the length axis belongs to token `t` of the padded sequence."""
+    """Keys and values of every layer, of one token per slot of the axis S."""
 
     key: Float[Array, "*L B K S D"]
     value: Float[Array, "*L B K S D"]
