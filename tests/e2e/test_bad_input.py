@@ -13,6 +13,7 @@ from run_checks import TRAIN_ONLY, error_line, numbers, read_metrics, write_item
 
 from unisd_jax import train
 from unisd_jax.metrics import MetricsWriter
+from unisd_jax.programs import StepPrograms
 from unisd_jax.rollout import JaxSampler
 from unisd_jax.testing import tiny_checkpoint
 
@@ -273,19 +274,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(cli, tmp_path):
 @contextlib.contextmanager
 def loss_becomes(value: float, step: int, name: str = "loss"):
     """The compiled step reports `value` for one metric of step `step`."""
-    compile_step = train.jit_step
+    run = StepPrograms.run
 
-    def compiled(*args):
-        inner = compile_step(*args)
-
-        def step_fn(state, base, views):
-            state, metrics = inner(state, base, views)
-            return state, metrics | ({name: jnp.float32(value)} if int(state.step) == step else {})
-
-        return step_fn
+    def changed(programs, state, views):
+        state, metrics = run(programs, state, views)
+        return state, metrics | ({name: jnp.float32(value)} if int(state.step) == step else {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "jit_step", compiled)
+        patch.setattr(StepPrograms, "run", changed)
         yield
 
 
@@ -336,21 +332,16 @@ def test_a_learning_rate_that_destroys_the_weights(main, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(main, tmp_path, monkeypatch):
-    compile_step = train.jit_step
+    run = StepPrograms.run
 
-    def compiled(*args):
-        inner = compile_step(*args)
+    def spoiled(programs, state, views):
+        state, metrics = run(programs, state, views)
+        if int(state.step) == 4:
+            path, factors = next(iter(state.student.factors.items()))
+            state.student.factors[path] = factors._replace(b=factors.b.at[0, 0, 0].set(jnp.nan))
+        return state, metrics
 
-        def step_fn(state, base, views):
-            state, metrics = inner(state, base, views)
-            if int(state.step) == 4:
-                path, factors = next(iter(state.student.factors.items()))
-                state.student.factors[path] = factors._replace(b=factors.b.at[0, 0, 0].set(jnp.nan))
-            return state, metrics
-
-        return step_fn
-
-    monkeypatch.setattr(train, "jit_step", compiled)
+    monkeypatch.setattr(StepPrograms, "run", spoiled)
     line = error_line(main(tmp_path, *TRAIN_ONLY))
     assert "step 4: weights not finite after the update; last good checkpoint: step 2" in line
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_checks import read_metrics
+from run_checks import TRAIN_ONLY, read_metrics
 
 from unisd_jax.models import load_hf
 
@@ -120,7 +120,7 @@ def assert_same_run(found: Path, expected: Path):
         for name, value in other.items():
             if not skipped.search(name):
                 assert record[name] == pytest.approx(value, rel=2e-3, abs=2e-6), (record["step"], name)
-    assert (found / "before.json").read_text() and (found / "result.json").exists()
+    assert (found / "result.json").exists()
     _, weights = load_hf(found / "hf")
     _, others = load_hf(expected / "hf")
     for module in ("q", "o"):
@@ -128,7 +128,7 @@ def assert_same_run(found: Path, expected: Path):
         assert abs(pair[0] - pair[1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("mesh", [("--mesh.fsdp=4",), ("--mesh.data=2", "--mesh.tensor=2"), ("--mesh.tensor=4",)])
+@pytest.mark.parametrize("mesh", [("--mesh.fsdp=4",), ("--mesh.tensor=4",)])
 def test_two_processes_compute_what_one_does(processes, alone, tmp_path, mesh):
     main, other = processes.run(tmp_path, *mesh)
     assert (main[0], other[0]) == (0, 0), main[2] + other[2]
@@ -139,7 +139,7 @@ def test_two_processes_compute_what_one_does(processes, alone, tmp_path, mesh):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processes, alone, tmp_path, victim):
     before = SIGNAL_AFTER_STEP.format(step=4, signal="SIGKILL")
-    running = processes.start(tmp_path, "--mesh.fsdp=4", before=before, victim=victim)
+    running = processes.start(tmp_path, "--mesh.fsdp=4", *TRAIN_ONLY, before=before, victim=victim)
     running[victim].wait(timeout=300)
     died = time.monotonic()
     survivor = running[1 - victim]
@@ -151,7 +151,7 @@ def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processe
     assert f"error: process {victim} of this run has stopped" in ends[1 - victim][2]
     assert "Traceback" not in ends[1 - victim][2]
     assert not (tmp_path / "run" / "result.json").exists()
-    ends = processes.run(tmp_path, "--mesh.fsdp=4")
+    ends = processes.run(tmp_path, "--mesh.fsdp=4", *TRAIN_ONLY)
     assert [end[0] for end in ends] == [0, 0], ends[0][2] + ends[1][2]
     assert "continuing after step 2" in ends[0][1]
     assert_same_run(tmp_path / "run", alone)
@@ -159,7 +159,7 @@ def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processe
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(processes, tmp_path):
     before = SIGNAL_AFTER_STEP.format(step=2, signal="SIGTERM")
-    ends = processes.run(tmp_path, "--mesh.fsdp=4", before=before, victim=1)
+    ends = processes.run(tmp_path, "--mesh.fsdp=4", *TRAIN_ONLY, before=before, victim=1)
     assert [end[0] for end in ends] == [130, 130], ends
     (saved,) = {re.search(r"stopped after step (\d)", end[2])[1] for end in ends}
     assert (tmp_path / "run" / "checkpoints" / saved).is_dir()

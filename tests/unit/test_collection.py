@@ -13,6 +13,7 @@ import toys
 
 from unisd_jax.collection import collect_views, majority, own_answers
 from unisd_jax.config import load_config
+from unisd_jax.data.buckets import length_buckets
 from unisd_jax.data.pipeline import tokenize
 from unisd_jax.experiment import build, new_state, student_params
 from unisd_jax.preparation import training_views
@@ -86,7 +87,7 @@ def prepare(built):
         items = [example.item for example in experiment.train]
         kept, views = training_views(config, experiment.task, items, experiment.chat, lambda: sampler)
         train, _ = tokenize(kept, views, experiment.chat, max_prompt_length=400)
-        changed = dataclasses.replace(changed, train=train)
+        changed = dataclasses.replace(changed, train=train, buckets=length_buckets(train, number=2, multiple=8))
         return changed, _state(experiment)
 
     return with_options
@@ -242,7 +243,7 @@ SAMPLES = ("x", "y", "x", "x", "a", "b", "c", "d", "p", "q", "p", "p…", "z…"
 def test_own_answers_are_the_teachers_demonstration(prepare):
     experiment, state = prepare("teacher.condition=self", texts=SAMPLES)
     params = student_params(experiment, state)
-    own = own_answers(experiment, params, experiment.train[:BATCH], 3)
+    own = own_answers(experiment, params, experiment.train[:BATCH], 3, 40)
     assert own.shares == [0.75, 0.25, 0.5, 0.0] and own.accepted.tolist() == [True, False, True, False]
     assert len(experiment.sampler.prompts) == 4 * BATCH and experiment.sampler.published == [params]
     for example, prompt, reply in zip(experiment.train, own.prompts, ("x", None, "p", None), strict=False):
