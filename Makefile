@@ -19,12 +19,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-meshes test-real aot lint clean
+.PHONY: help quickstart test test-slow test-real aot lint clean
 
 help:
 	@echo 'make quickstart  SmolLM2-135M teaches itself on this CPU: installs, converts, trains, evaluates, compares with sft'
 	@echo 'make test        installs what the tests need and runs them'
-	@echo 'make test-meshes every mode on every mesh of eight simulated devices (the rest of what make test has a part of)'
+	@echo 'make test-slow   more of the same: every mode on every mesh of eight simulated devices, more runs of two processes'
 	@echo 'make test-real   the tests that need the checkpoint which quickstart converts'
 	@echo 'make aot         compiles kernels and a 7B step for GPU and TPU without having any, and checks their memory (5 GB of wheels)'
 	@echo 'make lint        ruff: rules and formatting'
@@ -39,11 +39,11 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: $(VENV)/.installed-dev
 	@mkdir -p .cache
-	$(pytest) -m 'not real_model and not every_mesh' $(PYTEST_ARGS)
+	$(pytest) -m 'not real_model and not slow' $(PYTEST_ARGS)
 
-test-meshes: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-dev
 	@mkdir -p .cache
-	$(pytest) -m every_mesh -n 2 --dist load
+	$(pytest) -m slow -n 2 --dist loadgroup
 
 test-real: $(VENV)/.installed-dev
 	@mkdir -p .cache

@@ -59,7 +59,7 @@ def test_every_mode_on_a_mesh_with_all_three_axes(mode):
     compare(mode, "lora", (2, 2, 2))
 
 
-@pytest.mark.every_mesh
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", distinct_modes())

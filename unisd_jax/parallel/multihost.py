@@ -50,10 +50,12 @@ def initialize(options: DistributedOptions, environment: Mapping[str, str] = os.
     # On CPU devices the default has no collectives between processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     timeouts = {"initialization_timeout": options.timeout, "heartbeat_timeout_seconds": options.timeout}
+    where = arguments.get("coordinator_address", "the coordinator that the environment names")
+    # Said before, because jax ends a process that finds no coordinator without raising anything.
+    print(f"joining the other processes at {where}, for at most {options.timeout} s", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(**arguments, **timeouts)
     except (RuntimeError, ValueError) as error:
-        where = arguments.get("coordinator_address", "the coordinator that the environment names")
         raise UserError(
             f"distributed.coordinator: no connection of all processes by {where} within {options.timeout} s "
             f"({str(error).strip().splitlines()[0]})"
