@@ -4,8 +4,10 @@ VENV ?= .venv
 RUNS ?= runs
 # Extra overrides for both quickstart trainings, as in QUICKSTART_ARGS="--data.test_limit=80".
 QUICKSTART_ARGS ?=
-# For scripts/aot_kernels.py, as in AOT_ARGS="--quick --targets h200".
-AOT_ARGS ?=
+# For scripts/aot_kernels.py, aot_attention.py and aot_step.py, as in AOT_KERNELS="--quick --targets h200".
+AOT_KERNELS ?=
+AOT_ATTENTION ?=
+AOT_STEP ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 python := $(VENV)/bin/python
@@ -52,8 +54,9 @@ test-real: $(VENV)/.installed-dev
 # In an environment of its own: with these wheels jax would look for a GPU and a TPU in every other target.
 aot:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-aot $(VENV)-aot/.installed-aot
-	$(VENV)-aot/bin/python scripts/aot_kernels.py --require $(AOT_ARGS)
-	$(VENV)-aot/bin/python scripts/aot_step.py --require --train.micro_batches=2
+	$(VENV)-aot/bin/python scripts/aot_kernels.py --require $(AOT_KERNELS)
+	$(VENV)-aot/bin/python scripts/aot_attention.py --require $(AOT_ATTENTION)
+	$(VENV)-aot/bin/python scripts/aot_step.py --require $(AOT_STEP)
 
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check .

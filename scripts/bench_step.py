@@ -208,7 +208,10 @@ def main() -> int:
     settings = [f"--model.dtype={dtype}", f"--model.trainable={options.trainable}", f"--train.remat={options.remat}"]
     settings += ["--model.path=none", f"--train.batch_size={options.batch}", "--train.micro_batches=1"]
     file = Path(__file__).resolve().parents[1] / "configs" / "modes" / f"{options.mode}.yaml"
-    found = measure(options, load_config(file, [*settings, *overrides]))
+    config = load_config(file, [*settings, *overrides])
+    if config.objective.loss == "nll":
+        parser.error(f"--mode {options.mode} has no teacher to score with")
+    found = measure(options, config)
     device = jax.devices()[0].device_kind
     known = peak_flops(device)
     peak = known or measured_peak(jnp.dtype(dtype))

@@ -84,13 +84,16 @@ class Checkpoints:
         for step in steps:
             restored, problem = None, "another process could not read it"
             try:
-                restored = self._read(step, like)
+                restored, expected = self._read(step, like)
             except UserError:
                 raise
             except Exception as error:  # whatever orbax, tensorstore or the file system make of a damaged file
                 problem = _reason(error)
+            # All processes have read on their own until here; a sum over a divided array needs all of them.
             if not any(multihost.largest(int(restored is None))):
-                return restored
+                if checksums(_named_leaves(restored.state)) == expected:
+                    return restored
+                problem = "its arrays are not the ones that were saved"
             self._move_aside(step, problem)
         if steps:
             raise UserError(
@@ -116,6 +119,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of a collective: another process is gone
         except Exception as error:  # whatever orbax and tensorstore make of a full disk; often from their threads
             raise UserError(f"{self.directory}: a checkpoint could not be written ({_reason(error)})") from error
 
@@ -123,8 +128,10 @@ class Checkpoints:
     def _damaged(self) -> Path:
         return self.directory.parent / "damaged_checkpoints"
 
-    def _read(self, step: int, like: TrainState) -> Restored:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    def _read(self, step: int, like: TrainState) -> tuple[Restored, dict[str, list]]:
+        """The checkpoint and the checksums it should have. Waits for no other process: one of them may fail."""
+        folder = self.directory / str(step)
+        meta = ocp.JsonCheckpointHandler().restore(folder / "meta")
         digest = meta.pop("digest", None)
         whole = digest == _digest(meta)
         if meta.get("format") != FORMAT and (whole or digest is None):
@@ -134,12 +141,11 @@ class Checkpoints:
         leaves = _named_leaves(like)
         _check_same_leaves(meta["checksums"], leaves, self.directory / str(step))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
-        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        if checksums(found) != meta["checksums"]:
-            raise ValueError("its arrays are not the ones that were saved")
+        handler = ocp.StandardCheckpointHandler()
+        found = handler.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
         _, structure = jax.tree.flatten(like)
         state = jax.tree.unflatten(structure, [found[name] for name in leaves])
-        return Restored(state, meta["data"], meta["record"])
+        return Restored(state, meta["data"], meta["record"]), meta["checksums"]
 
     def _move_aside(self, step: int, problem: str) -> None:
         target = self._damaged / str(step)

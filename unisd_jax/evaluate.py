@@ -16,7 +16,7 @@ from unisd_jax import config as configuration
 from unisd_jax.config import Config
 from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.statistics import mean_interval
-from unisd_jax.experiment import build, environment, evaluate_test
+from unisd_jax.experiment import build, environment, evaluate_test, shared_options
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.parallel import multihost
@@ -38,6 +38,8 @@ def run(config: Config) -> EvalResult:
     Raises:
       UserError: data or checkpoint cannot be used.
     """
+    multihost.require_same("options", shared_options(config))
+    multihost.require_shared(Path(config.output_dir))
     experiment = build(config)
     evaluation = evaluate_test(experiment, experiment.base, 0)
     interval = mean_interval(np.array([grade["exact"] for grade in evaluation.grades]), seed=config.seed)
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(configuration.to_yaml(command.config), end="")
             return 0
         multihost.initialize(command.config.distributed)
-        with multihost.lost_processes_reported():
+        with multihost.no_process_left_waiting():
             if command.dry_run:
                 experiment = build(command.config)
                 print(f"would evaluate {command.config.model.path} on {len(experiment.test)} test items")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unisd_jax.config import Config
+from unisd_jax.config import Config, to_dict
 from unisd_jax.data.buckets import Buckets, length_buckets
 from unisd_jax.data.chat import Chat, load_chat
 from unisd_jax.data.pipeline import Example, ViewMessages, tokenize
@@ -25,6 +26,7 @@ from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Agreement, Objective
 from unisd_jax.models import (
     HeadOptions,
+    Lora,
     Model,
     ModelConfig,
     init_lora,
@@ -88,8 +90,9 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     require_negatives_in_data(config, items["train"])
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     checkpoint = local_checkpoint(config.model.path)
-    _check_lengths(config, read_config(checkpoint))
-    chat = load_chat(checkpoint, stop=config.rollout.stop)
+    model_config = read_config(checkpoint)
+    _check_lengths(config, model_config)
+    chat = load_chat(checkpoint, stop=config.rollout.stop, head_rows=model_config.vocab_size)
     for note in chat.notes:
         print(f"note: {note}", flush=True)
     load = functools.cache(lambda: load_model(config, checkpoint, mesh))
@@ -141,6 +144,13 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
         ),  # fmt: skip
         settings=step_settings(config),
     )
+
+
+def shared_options(config: Config) -> str:
+    """What all processes of a run must have alike: every option but how they find each other."""
+    tree = to_dict(config)
+    del tree["distributed"]
+    return json.dumps(tree)
 
 
 def load_model(config: Config, checkpoint: Path, mesh: jax.sharding.Mesh) -> tuple[Model, dict[str, Any]]:
@@ -235,7 +245,7 @@ def new_state(experiment: Experiment) -> TrainState:
     """The train state before the first step, placed on the mesh."""
     config, options = experiment.config, experiment.config.model.lora
     if config.model.trainable == "lora" and options.start is not None:
-        student = load_peft(options.start, experiment.model, experiment.base)
+        student = _start_adapter(experiment, options.start)
     elif config.model.trainable == "lora":
         key = purpose_key(config.seed, 0, "adapter_init")
         student = init_lora(key, experiment.base, rank=options.rank, alpha=options.alpha, targets=options.targets)
@@ -243,6 +253,20 @@ def new_state(experiment: Experiment) -> TrainState:
         student = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), experiment.base)
     state = init_state(student, experiment.optimizer, experiment.settings)
     return place(state, experiment.mesh)
+
+
+def _start_adapter(experiment: Experiment, path: str) -> Lora:
+    try:
+        adapter = load_peft(path, experiment.model, experiment.base)
+    except UserError as error:
+        raise UserError(f"model.lora.start: {error}") from None
+    rank = max(factors.a.shape[-1] for factors in adapter.factors.values())
+    print(
+        f"the student starts from {path}: rank {rank}, scale {adapter.scale:g}, {', '.join(adapter.factors)}; "
+        "model.lora.rank, model.lora.alpha and model.lora.targets are not read",
+        flush=True,
+    )
+    return adapter
 
 
 def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
@@ -334,7 +358,7 @@ def _check_lengths(config: Config, model: ModelConfig) -> None:
     if needed > model.max_position:
         raise UserError(
             f"data.max_prompt_length + max_completion_length is {needed} tokens, the model reads at most "
-            f"{model.max_position}; lower one of them"
+            f"{model.max_position} (dynamic rope scaling goes further, but not with a cache of keys); lower one of them"
         )
 
 

@@ -26,7 +26,15 @@ from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.retention import drift_from_base
 from unisd_jax.eval.runner import Evaluation
-from unisd_jax.experiment import Experiment, build, evaluate_test, new_state, require_finite, student_params
+from unisd_jax.experiment import (
+    Experiment,
+    build,
+    evaluate_test,
+    new_state,
+    require_finite,
+    shared_options,
+    student_params,
+)
 from unisd_jax.inert import InertMechanisms
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
@@ -50,12 +58,13 @@ def run(config: Config) -> RunResult:
       UserError: bad input, weights that cannot be used, a loss that is not finite, a process that is lost.
       Interrupted: stopped by SIGINT or SIGTERM after saving.
     """
-    multihost.require_same("configurations", configuration.config_hash(config))
+    multihost.require_same("options", shared_options(config))
     run_dir = open_run_dir(config)
-    multihost.require_shared(run_dir.parent)
+    for folder in (run_dir.parent, Path(config.teacher.cache_dir)):
+        multihost.require_shared(folder)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}", flush=True)
-    if (run_dir / "result.json").exists():
+    if any(multihost.largest(int((run_dir / "result.json").exists()))):
         if multihost.is_main() and not (run_dir / "report.md").exists():
             write_report(run_dir)
         print(f"{run_dir} is complete; delete it or choose another name to run again")
@@ -73,6 +82,7 @@ def run(config: Config) -> RunResult:
         state = new_state(experiment)
         restored = checkpoints.restore(state)
         if restored is not None:
+            require_same_base(experiment, restored.record)
             state = restored.state
             data.set_state(restored.data)
             print(f"continuing after step {int(state.step)}", flush=True)
@@ -113,7 +123,7 @@ def train(
     config = experiment.config
     inert = InertMechanisms(config.logging.inert_after, ema_sync_steps=config.teacher.ema_sync_steps)
     options = {"project": config.logging.wandb_project, "config": configuration.to_dict(config)}
-    record = {"config_hash": configuration.config_hash(config), "policy_version": 0}
+    record = {"config_hash": configuration.config_hash(config), "base_revision": base_revision(experiment)}
     writer = MetricsWriter(
         run_dir,
         total_steps=config.train.steps,
@@ -160,6 +170,26 @@ def train(
                 raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
     checkpoints.wait()
     return state
+
+
+def base_revision(experiment: Experiment) -> str | None:
+    """Which snapshot of a hub model this is; None for a directory."""
+    checkpoint = experiment.checkpoint
+    return checkpoint.name if checkpoint.parent.name == "snapshots" else None
+
+
+def require_same_base(experiment: Experiment, record: dict[str, Any]) -> None:
+    """Refuses to put an adapter on weights that it was not trained on.
+
+    Raises:
+      UserError: the hub's model has another revision than when the run began.
+    """
+    began, now, path = record.get("base_revision"), base_revision(experiment), experiment.config.model.path
+    if began != now:
+        raise UserError(
+            f"model.path: {path} is revision {now}, but this run began with {began}; "
+            f"name that one: {path.partition('@')[0]}@{began}"
+        )
 
 
 def start_up_line(timer: dict[str, float], programs: StepPrograms) -> str:
@@ -219,6 +249,7 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 def _what_is_left(examples: Sequence[Example], checkpoints: Checkpoints) -> str:
     items = ", ".join(example.item.id for example in examples)
+    items += " and the items of the other processes" if multihost.process_count() > 1 else ""
     return f"{_last_good(checkpoints)}; lower optimizer.learning_rate or look at the batch: {items}"
 
 
@@ -307,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(configuration.to_yaml(command.config), end="")
             return 0
         multihost.initialize(command.config.distributed)
-        with multihost.lost_processes_reported():
+        with multihost.no_process_left_waiting():
             if command.dry_run:
                 dry_run(command.config)
                 return multihost.leave(0, together=True)

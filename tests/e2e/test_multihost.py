@@ -172,7 +172,7 @@ def test_processes_with_different_options_refuse_to_run(processes, tmp_path):
     before = "import sys; sys.argv.append('--optimizer.learning_rate=0.5')"
     ends = processes.run(tmp_path, "--mesh.fsdp=4", before=before, victim=1)
     assert [end[0] for end in ends] == [2, 2], ends
-    assert all("the processes of this run have different configurations" in end[2] for end in ends)
+    assert all("the processes of this run have different options" in end[2] for end in ends)
     assert not (tmp_path / "run").exists()
 
 

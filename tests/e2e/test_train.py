@@ -243,7 +243,7 @@ def test_alpha_and_placement_change_what_a_plain_run_learns_from(main, tmp_path)
         assert not any({"teacher_distance", "ema_truncation"} & set(line) for line in lines[option])
 
     first = {option: lines[option][0] for option in lines}
-    assert len({line["entropy"] for line in first.values()}) == 1, "the student's first samples are the same"
+    assert len({round(line["entropy"], 4) for line in first.values()}) == 1, "the student's first samples are the same"
     forward, middle, reverse = (first[option]["loss"] for option in ALPHAS)
     assert middle < min(forward, reverse)  # JSD at 1/2 is about a quarter of either KL for near distributions
     assert forward != reverse

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unisd_jax.config import DistributedOptions
-from unisd_jax.errors import ConfigError
+from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.parallel.multihost import join_arguments
@@ -34,7 +34,7 @@ def test_a_run_of_one_process_joins_nobody():
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"MEGASCALE_COORDINATOR_ADDRESS": "host-0"}, True),
-        ({"JOBSET_NAME": "job"}, True),
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
     ],
 )
 def test_what_a_scheduler_says_is_left_to_jax(environment, joins):
@@ -90,11 +90,52 @@ def test_rows_are_joined_and_gathered(shape):
     np.testing.assert_array_equal(multihost.gather(jnp.arange(3)), np.arange(3))
 
 
-def test_only_jax_errors_among_several_processes_are_taken_for_a_lost_one():
-    with pytest.raises(ValueError), multihost.lost_processes_reported():
-        raise ValueError("something else")
-    with pytest.raises(jax.errors.JaxRuntimeError), multihost.lost_processes_reported():
-        raise jax.errors.JaxRuntimeError("out of memory")
+@pytest.fixture
+def among_several(monkeypatch):
+    """As if there were two processes; [the exit statuses with which this one would have ended]."""
+    ends = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "leave", ends.append)
+    return ends
+
+
+def fail(error):
+    with multihost.no_process_left_waiting():
+        raise error
+
+
+def test_one_process_fails_as_always():
+    for error in (ValueError("x"), UserError("x"), jax.errors.JaxRuntimeError("UNAVAILABLE: x")):
+        with pytest.raises(type(error), match="x"):
+            fail(error)
+
+
+@pytest.mark.parametrize("text", ["UNKNOWN: Gloo all-reduce failed: Connection reset", "UNAVAILABLE: Socket closed"])
+def test_a_lost_process_is_said_in_one_line(among_several, text):
+    with pytest.raises(multihost.LostProcess, match="another process of this run has stopped"):
+        fail(jax.errors.JaxRuntimeError(text))
+    assert among_several == []
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), KeyError("bug")])
+def test_any_other_error_ends_the_process_with_its_traceback(among_several, capsys, error):
+    """Out of memory is not another process's fault; and one that waits for the end of all would be waited for."""
+    with pytest.raises(type(error)):
+        fail(error)
+    assert among_several == [1] and "Traceback" in capsys.readouterr().err
+
+
+def test_the_user_s_errors_pass(among_several):
+    for error in (UserError("x"), FileNotFoundError("x")):
+        with pytest.raises(type(error)):
+            fail(error)
+    assert among_several == []
+
+
+def test_a_mesh_of_several_processes_has_all_their_devices(among_several):
+    with pytest.raises(ConfigError, match="2 x 1 x 1 = 2 devices, but the 2 processes of this run have 8"):
+        build_mesh(2)
+    assert build_mesh(2, 4).size == 8
 
 
 class Group:
@@ -151,6 +192,19 @@ def test_who_says_goodbye_is_not_lost():
     for connection in (*group.server._connections.values(), *(client._connection for client in group.clients.values())):
         cut(connection)
     assert [group.told(name, timeout=0.2) for name in ("server", 1, 2)] == [[], [], []]
+
+
+def test_who_is_no_process_of_the_run_is_sent_away():
+    server = Server(1, lambda index: None)  # without it, the end of this test would be the loss of a process
+    strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    strangers[0].sendall(b"GET / HTTP/1.1\r\n")
+    strangers[1].close()
+    accepting = threading.Thread(target=server.accept, args=(1, 5.0))
+    accepting.start()
+    client = Client(3, "127.0.0.1", server.port, 5.0, lambda index: None)
+    accepting.join(timeout=10)
+    assert list(server._connections) == [3]
+    client.leave()
 
 
 def test_nobody_comes():

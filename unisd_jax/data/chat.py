@@ -74,8 +74,8 @@ class Chat:
         return ids
 
 
-def load_chat(path: str | Path, *, stop: Literal["all", "tokenizer"] = "all") -> Chat:
-    """The tokenizer of a checkpoint directory.
+def load_chat(path: str | Path, *, stop: Literal["all", "tokenizer"] = "all", head_rows: int | None = None) -> Chat:
+    """The tokenizer of a checkpoint directory; `head_rows` of its model are read from `config.json` where not given.
 
     The stop ids are the union of the tokenizer's EOS and those of `generation_config.json` and `config.json`. With
     `stop` "tokenizer" they are the tokenizer's alone, as in the release: a model that ends its turns with another token
@@ -106,7 +106,7 @@ def load_chat(path: str | Path, *, stop: Literal["all", "tokenizer"] = "all") ->
     if not sources:
         raise UserError(f"model.path: neither the tokenizer nor generation_config.json in {path} names an EOS token")
     stop_ids = tuple(sorted(set.union(*sources.values())))
-    rows = _head_rows(path / "config.json")
+    rows = _head_rows(path / "config.json") if head_rows is None else head_rows
     notes = [*_stop_notes(sources), *_padding_notes(tokenizer, stop_ids)]
     if rows is not None:
         notes += check_vocabulary(tokenizer, stop_ids, rows)

@@ -88,10 +88,12 @@ def attention(
     """
     batch, length, heads, dim = query.shape
     kv_heads, groups = key.shape[1], heads // key.shape[1]
-    rows = (query * scale).reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    rows = query.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * length, dim)
     scores = jnp.einsum("bkrd,bktd->bkrt", rows, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, length, -1) + jnp.where(attend, 0.0, MASKED_SCORE)[:, None, None]
+    # Scaled in float32: the queries would first be rounded to their own dtype.
+    scores = scale * scores.reshape(batch, kv_heads, groups, length, -1)
+    scores = scores + jnp.where(attend, 0.0, MASKED_SCORE)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, kv_heads, groups * length, -1)
     mixed = jnp.einsum("bkrt,bktd->bkrd", weights, value).reshape(batch, kv_heads, groups, length, dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)

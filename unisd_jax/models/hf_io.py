@@ -24,7 +24,6 @@ from unisd_jax.models.loading import load_leaf
 from unisd_jax.models.safetensors_io import Entry, TensorFile, new_tensor_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -36,15 +36,19 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 def save_peft(path: str | Path, model: Model, lora: Lora, *, base: str) -> None:
     """Writes `lora`, which may be an EMA teacher's, as an adapter of the model `base`; replaces `path` as a whole.
 
+    `base` is a directory or a hub id, also with a revision (org/name@revision).
+
     Adapted matrices of unequal rank are filled up with zeros to the largest, for PEFT's scale depends on the rank.
     """
     path = Path(path)
     rank = max(factors.a.shape[-1] for factors in lora.factors.values())
     tensors = dict(_stored_factors(model, lora, rank))
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _whole(lora.scale * rank),

@@ -4,9 +4,12 @@ Every process runs the same program on its own devices; one of them, the main on
 processes everything here is a plain function of its argument.
 """
 
+import hashlib
 import os
+import secrets
 import socket
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +29,10 @@ _SCHEDULERS = {
     "OMPI_COMM_WORLD_SIZE": lambda value: value.isdigit() and int(value) > 1,
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,  # TPU slices on GKE
     "MEGASCALE_COORDINATOR_ADDRESS": bool,  # several TPU slices
-    "JOBSET_NAME": bool,  # Kubernetes
+    "JOB_COMPLETION_INDEX": bool,  # an indexed job of Kubernetes, of however many pods
 }
+# How jax's collectives say that the other side is gone.
+_LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "gloo", "nccl", "coordination service", "connection")
 
 
 _watch: Server | Client | None = None
@@ -49,6 +54,8 @@ def initialize(options: DistributedOptions, environment: Mapping[str, str] = os.
         return
     # On CPU devices the default has no collectives between processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM from the process, which then could only be killed.
+    jax.config.update("jax_enable_preemption_service", False)
     timeouts = {"initialization_timeout": options.timeout, "heartbeat_timeout_seconds": options.timeout}
     where = arguments.get("coordinator_address", "the coordinator that the environment names")
     # Said before, because jax ends a process that finds no coordinator without raising anything.
@@ -58,27 +65,39 @@ def initialize(options: DistributedOptions, environment: Mapping[str, str] = os.
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"distributed.coordinator: no connection of all processes by {where} within {options.timeout} s "
-            f"({str(error).strip().splitlines()[0]})"
+            f"({str(error).strip().splitlines()[0]}); a run of one process is distributed.coordinator=none"
         ) from None
     if jax.process_count() > 1:
-        _start_watch(options.timeout)
+        _start_watch(arguments.get("coordinator_address"), options.timeout)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
 
 
-def _start_watch(timeout: int) -> None:
-    """Connects every process to the main one, whose address all learn through jax."""
+def _start_watch(coordinator: str | None, timeout: int) -> None:
+    """Connects every process to the main one, at the coordinator's host; runs without where that is not possible."""
     global _watch
     others = jax.process_count() - 1
     server = Server(others) if is_main() else None
     own = f"{socket.gethostname()}:{server.port}" if server else ""
-    address = _text(multihost_utils.broadcast_one_to_all(_bytes(own)))
-    host, _, port = address.rpartition(":")
+    name, _, port = _text(multihost_utils.broadcast_one_to_all(_bytes(own))).rpartition(":")
+    host = coordinator.rpartition(":")[0] if coordinator else name
     # On one machine its name need not resolve.
-    host = "127.0.0.1" if host == socket.gethostname() else host
-    _watch = server or Client(jax.process_index(), host, int(port), timeout)
-    if server:
-        server.accept(others, timeout)
+    host = "127.0.0.1" if name == socket.gethostname() else host
+    problem = ""
+    try:
+        _watch = server or Client(jax.process_index(), host, int(port), min(timeout, 30))
+        if server:
+            server.accept(others, min(timeout, 30))
+    except OSError as error:
+        problem = str(error)
+    # All or none: who is not connected must not be taken for lost.
+    if largest(int(bool(problem)))[0]:
+        _watch = None
+        print(
+            f"warning: no connection to port {port} of {host} ({problem or 'of another process'}): "
+            f"a process that dies is noticed after {timeout} s only",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def join_arguments(options: DistributedOptions, environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -154,7 +173,7 @@ def require_same(what: str, text: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = _bytes(text)
+    own = _bytes(hashlib.sha256(text.encode()).hexdigest())
     if (multihost_utils.process_allgather(own) != own).any():
         raise ConfigError(f"the processes of this run have different {what}: start all of them with the same command")
 
@@ -167,7 +186,8 @@ def require_shared(folder: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    mark = folder / ".all_processes_see_this"
+    token = _text(multihost_utils.broadcast_one_to_all(_bytes(secrets.token_hex(8))))
+    mark = folder / f".seen_by_all.{token}"
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
@@ -175,7 +195,7 @@ def require_shared(folder: Any) -> None:
     seen = largest(int(not mark.exists()))[0] == 0
     wait_for_all(f"the file in {folder} seen")
     if is_main():
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     if not seen:
         raise ConfigError(
             f"{folder} is not the same folder for all processes: output_dir must be on storage they share"
@@ -192,7 +212,7 @@ def gather(array: Any) -> np.ndarray:
 
 
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
-    """Which of the global batch's rows this process's devices hold, in order."""
+    """Which of the global batch's rows this process's devices hold, in order; never none, see `build_mesh`."""
     places = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for (place,) in places for row in range(*place.indices(rows))})
 
@@ -211,22 +231,35 @@ def join_rows(own: np.ndarray, sharding: NamedSharding, rows: int) -> jax.Array:
 
 
 @contextmanager
-def lost_processes_reported():
-    """Says in one line what jax makes of a process that is gone in the middle of a collective.
+def no_process_left_waiting():
+    """Ends this process at once when it fails among several, with a traceback where it is not the user's error.
 
     Raises:
-      LostProcess: instead of jax's own error.
+      LostProcess: instead of what jax makes of a process that is gone in the middle of a collective.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
         reason = str(error).strip().splitlines()[0][:200]
-        raise LostProcess(
-            f"another process of this run has stopped or cannot be reached ({reason}); "
-            "start all of them again: they continue from the last checkpoint"
-        ) from error
+        if jax.process_count() > 1 and any(word.lower() in reason.lower() for word in _LOST):
+            raise LostProcess(
+                f"another process of this run has stopped or cannot be reached ({reason}); "
+                "start all of them again: they continue from the last checkpoint"
+            ) from error
+        _end_with_traceback()
+        raise
+    except (UserError, OSError):
+        raise
+    except Exception:
+        _end_with_traceback()
+        raise
+
+
+def _end_with_traceback() -> None:
+    """Among several processes: jax would first wait for the others, and they for this one."""
+    if jax.process_count() > 1:
+        traceback.print_exc()
+        leave(1)
 
 
 def leave(status: int, *, together: bool = False) -> int:

@@ -23,6 +23,7 @@ def lost(index: int) -> None:
     text = f"error: process {index} of this run has stopped; start all of them again: they continue from the last"
     print(f"{text} checkpoint", file=sys.stderr, flush=True)
     time.sleep(GRACE)
+    sys.stdout.flush()
     os._exit(BAD_INPUT)
 
 
@@ -36,18 +37,25 @@ class Server:
         self.port: int = self._listener.getsockname()[1]
 
     def accept(self, others: int, timeout: float) -> None:
-        """Waits for the others to connect.
+        """Waits for the others to connect; who is no process of this run is sent away.
 
         Raises:
           TimeoutError: they have not in time.
         """
-        self._listener.settimeout(timeout)
-        for _ in range(others):
+        until, found = time.monotonic() + timeout, {}
+        while len(found) < others:
+            self._listener.settimeout(max(0.01, until - time.monotonic()))
             connection, _ = self._listener.accept()
-            connection.settimeout(None)
+            connection.settimeout(max(0.01, until - time.monotonic()))
             lines = connection.makefile("rb")
-            index = int(lines.readline())
-            self._connections[index] = connection
+            line = _last_line(lines)
+            if not line.strip().isdigit():
+                connection.close()
+                continue
+            connection.settimeout(None)
+            found[int(line)] = connection, lines
+        self._connections = {index: connection for index, (connection, _) in found.items()}
+        for index, (_, lines) in found.items():
             threading.Thread(target=self._listen, args=(index, lines), daemon=True).start()
 
     def _listen(self, index: int, lines) -> None:
