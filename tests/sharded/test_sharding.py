@@ -19,7 +19,7 @@ from unisd_jax.parallel.sharding import batch_sharding, head_layout, replicated
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4), (4, 1, 2)]
+MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4)]
 SETTINGS = StepSettings(Objective(alpha=0.5, temperature=0.8), ema_decay=0.9)
 STAR = StepSettings(
     Objective(temperature=0.8, clip_quantile=0.83, agreement=Agreement(), contrast_weight=0.1, matching_weight=0.1),

@@ -28,7 +28,7 @@ ALLOWED = {
     "sandbox": set(),
     "data": MACHINERY | {"sandbox"},
     "rollout": MACHINERY,
-    "parallel": MACHINERY,
+    "parallel": MACHINERY | {"interrupt"},
     "optim": MACHINERY,
     "checkpoint": MACHINERY | {"parallel"},
     "metrics": MACHINERY,

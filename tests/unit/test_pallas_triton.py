@@ -10,6 +10,7 @@ from kernel_oracle import with_whole_normalisers
 
 from unisd_jax.kernels.fused_linear_jsd import pallas_triton, rows
 
+pytestmark = pytest.mark.slow
 # The route is deprecated: a jax without it makes every test of its values moot, but not the one of its error.
 needs_triton = pytest.mark.skipif(not pallas_triton.available(), reason="this jax has no Pallas route through Triton")
 

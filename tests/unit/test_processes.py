@@ -10,6 +10,7 @@ import pytest
 
 from unisd_jax.config import DistributedOptions
 from unisd_jax.errors import ConfigError, UserError
+from unisd_jax.interrupt import Interrupted
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.parallel.multihost import join_arguments
@@ -126,7 +127,7 @@ def test_any_other_error_ends_the_process_with_its_traceback(among_several, caps
 
 
 def test_the_user_s_errors_pass(among_several):
-    for error in (UserError("x"), FileNotFoundError("x")):
+    for error in (UserError("x"), FileNotFoundError("x"), Interrupted("x")):
         with pytest.raises(type(error)):
             fail(error)
     assert among_several == []

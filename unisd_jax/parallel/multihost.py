@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from unisd_jax.config import DistributedOptions
 from unisd_jax.errors import ConfigError, UserError
+from unisd_jax.interrupt import Interrupted
 from unisd_jax.parallel.watch import Client, Server
 
 # What a scheduler sets in each process of a job of several, and how it says that there are several.
@@ -248,7 +249,7 @@ def no_process_left_waiting():
             ) from error
         _end_with_traceback()
         raise
-    except (UserError, OSError):
+    except (UserError, OSError, Interrupted):
         raise
     except Exception:
         _end_with_traceback()
