@@ -119,8 +119,8 @@ def test_parameters_are_really_divided():
         (moment[: -len("/mlp/down/a")], 2),
     ):
         assert shapes[f"{prefix}/attention/q/a"] == ((2, 16, rank), (2, 8, rank))
-        assert shapes[f"{prefix}/attention/q/b"] == ((2, rank, 16), (2, rank, 8))
-        assert shapes[f"{prefix}/mlp/down/a"] == ((2, 24, rank), (2, 12, rank))
+        assert shapes[f"{prefix}/attention/q/b"] == ((2, rank, 16), (2, rank, 4))
+        assert shapes[f"{prefix}/mlp/down/a"] == ((2, 24, rank), (2, 6, rank))
         assert shapes[f"{prefix}/mlp/down/b"] == ((2, rank, 16), (2, rank, 8))
 
 

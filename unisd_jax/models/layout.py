@@ -25,8 +25,8 @@ PARAMETERS = (
     (r"(attention/o|mlp/down)/kernel", (None, "tensor", "fsdp")),
     (r"attention/[qkv]/bias", (None, "tensor")),
     (r"(attention/[qkv]|mlp/(gate|up))/a", (None, "fsdp", None)),
-    (r"(attention/[qkv]|mlp/(gate|up))/b", (None, None, "tensor")),
-    (r"(attention/o|mlp/down)/a", (None, "tensor", None)),
+    (r"(attention/[qkv]|mlp/(gate|up))/b", (None, None, ("tensor", "fsdp"))),
+    (r"(attention/o|mlp/down)/a", (None, ("tensor", "fsdp"), None)),
     (r"(attention/o|mlp/down)/b", (None, None, "fsdp")),
 )
 ACTIVATIONS = {
