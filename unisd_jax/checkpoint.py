@@ -119,9 +119,9 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:
-            raise  # of a collective: another process is gone
         except Exception as error:  # whatever orbax and tensorstore make of a full disk; often from their threads
+            if isinstance(error, jax.errors.JaxRuntimeError) and multihost.process_count() > 1:
+                raise  # of a collective: another process is gone
             raise UserError(f"{self.directory}: a checkpoint could not be written ({_reason(error)})") from error
 
     @property

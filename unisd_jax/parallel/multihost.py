@@ -33,7 +33,7 @@ _SCHEDULERS = {
     "JOB_COMPLETION_INDEX": bool,  # an indexed job of Kubernetes, of however many pods
 }
 # How jax's collectives say that the other side is gone.
-_LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "gloo", "nccl", "coordination service", "connection")
+_LOST = ("unavailable", "deadline_exceeded", "aborted", "gloo", "nccl", "coordination service", "connection")
 
 
 _watch: Server | Client | None = None
@@ -240,27 +240,20 @@ def no_process_left_waiting():
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        if jax.process_count() > 1 and any(word.lower() in reason.lower() for word in _LOST):
+    except (UserError, OSError, Interrupted):
+        raise
+    except Exception as error:  # whatever it is: jax would first wait for the others, and they for this process
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in reason.lower() for word in _LOST):
             raise LostProcess(
                 f"another process of this run has stopped or cannot be reached ({reason}); "
                 "start all of them again: they continue from the last checkpoint"
             ) from error
-        _end_with_traceback()
-        raise
-    except (UserError, OSError, Interrupted):
-        raise
-    except Exception:
-        _end_with_traceback()
-        raise
-
-
-def _end_with_traceback() -> None:
-    """Among several processes: jax would first wait for the others, and they for this one."""
-    if jax.process_count() > 1:
         traceback.print_exc()
         leave(1)
+        raise
 
 
 def leave(status: int, *, together: bool = False) -> int:
