@@ -10,6 +10,7 @@ per device. Exit status 1 when a step does not compile, or does not fit into nin
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -210,19 +211,17 @@ def main() -> int:
     )
     print(f"{'model':<13} {'mode':<11} {'':<5} {'chips':<7}{'kept':>9} {'temporary':>9} {'in all':>9} {'device':>9}")
     rows, good = [], True
+    chosen = [getattr(options, name).split(",") for name in ("models", "modes", "trainable")]
     for chips in options.targets.split(","):
         if reason := missing_wheels(CHIPS[chips].target):
             print(f"{chips}: skipped, {reason}")
             good &= not options.require
             continue
-        for model in options.models.split(","):
-            for mode in options.modes.split(","):
-                for trainable in options.trainable.split(","):
-                    for logits in (False, True)[: 1 + options.logits]:
-                        case = lengths | {"model": model, "mode": mode, "trainable": trainable, "chips": chips}
-                        config = str(Path(__file__).resolve().parents[1] / "configs" / "modes" / f"{mode}.yaml")
-                        rows.append(run_case(case | {"logits": logits, "config": config}, overrides))
-                        good &= print_row(rows[-1])
+        for model, mode, trainable, logits in itertools.product(*chosen, (False, True)[: 1 + options.logits]):
+            case = lengths | {"model": model, "mode": mode, "trainable": trainable, "chips": chips, "logits": logits}
+            config = Path(__file__).resolve().parents[1] / "configs" / "modes" / f"{mode}.yaml"
+            rows.append(run_case(case | {"config": str(config)}, overrides))
+            good &= print_row(rows[-1])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(not good)

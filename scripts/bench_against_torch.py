@@ -17,9 +17,10 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+import bench_timing
 
 # Two pieces of the step, to see where its time goes: one product of the MLP, and attention with its gradient.
 PIECES = {
@@ -55,13 +56,7 @@ def measure_jax(work: dict[str, Any]) -> dict[str, Any]:
         return np.random.default_rng(seed).integers(100, model.config.vocab_size, shape).astype(np.int32)
 
     def seconds(call):
-        call()
-        times = []
-        for _ in range(work["repeats"]):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return times
+        return bench_timing.seconds(call, work["repeats"])
 
     def normal(seed, *shape):
         return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -17,10 +17,10 @@ import os
 import resource
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import bench_timing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,19 +112,12 @@ def phase_flops(model: ModelConfig, views: Views, config: Config, adapter: int) 
     # Backward: the gradient to the inputs, and to the weights where they are trained.
     passes = 2 if adapter else 3
     update = passes * (student + completions) + completions + 6 * adapter * tokens
-    rollout = body_flops(model, [views.student.ids.shape[1] + length] * rows) + completions
-    return {"rollout": rollout, "scoring": scoring, "update": update, "step": scoring + update}
+    return {"rollout": student + completions, "scoring": scoring, "update": update, "step": scoring + update}
 
 
 def seconds(call: Any, repeats: int) -> float:
-    """Median of `repeats` calls after one that compiles."""
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    """The median time of `repeats` calls."""
+    return statistics.median(bench_timing.seconds(call, repeats))
 
 
 def measured_peak(dtype: Any) -> float:

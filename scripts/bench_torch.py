@@ -6,7 +6,8 @@ Needs torch and transformers; prints one JSON line of seconds per workload. torc
 import json
 import resource
 import sys
-import time
+
+import bench_timing
 
 
 def main() -> None:
@@ -24,13 +25,7 @@ def main() -> None:
         return torch.from_numpy(np.random.default_rng(seed).integers(100, vocabulary, shape)).long()
 
     def seconds(call):
-        call()
-        times = []
-        for _ in range(work["repeats"]):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return times
+        return bench_timing.seconds(call, work["repeats"])
 
     results = {"versions": {"torch": torch.__version__}}
     sampler = work["sampler"]

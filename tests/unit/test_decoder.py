@@ -11,7 +11,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisd_jax.models import Model, completion_hidden, completion_scores
+from unisd_jax.models import KVCache, Model, completion_hidden, completion_scores
 from unisd_jax.models.layout import place
 from unisd_jax.models.rope import (
     DynamicScaling,
@@ -129,7 +129,8 @@ def test_several_tokens_extend_the_cache(toy):
     if isinstance(model.config.rope_scaling, DynamicScaling):
         pytest.skip("its base moves with the length, while keys in a cache stay as they were turned")
     ids = toys.random_tokens(np.random.default_rng(1), (ROWS, LENGTH))
-    cache = jax.tree.map(lambda x: jnp.full_like(x, 7.0), model.empty_cache(ROWS, LENGTH + 2, jnp.float32))
+    shape = (model.config.num_layers, ROWS, model.config.num_kv_heads, LENGTH + 2, model.config.head_dim)
+    cache = KVCache(jnp.full(shape, 7.0), jnp.full(shape, 7.0))
     found, start, extend = [], 0, jax.jit(model.extend)
     for size in (5, 4, 3):
         positions = jnp.tile(jnp.arange(start, start + size), (ROWS, 1))

@@ -7,7 +7,7 @@ import os
 import jax
 import pytest
 
-from unisd_jax.io import write_bytes_atomic, write_json_atomic, write_text_atomic
+from unisd_jax.io import replaced_folder, write_bytes_atomic, write_json_atomic, write_text_atomic
 from unisd_jax.random import PURPOSES, purpose_key
 
 
@@ -80,3 +80,24 @@ def test_a_key_needs_no_memory():
 def test_an_unknown_purpose():
     with pytest.raises(ValueError):
         purpose_key(0, 0, "rollouts")
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with replaced_folder(target) as folder:
+            (folder / text).write_text(text)
+        assert [path.name for path in target.iterdir()] == [text]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_whose_filling_fails_stays_as_it_was(tmp_path):
+    target = tmp_path / "out"
+    with replaced_folder(target) as folder:
+        (folder / "good").write_text("good")
+    with pytest.raises(OSError), replaced_folder(target) as folder:
+        (folder / "bad").write_text("bad")
+        raise OSError("disk full")
+    assert [path.name for path in target.iterdir()] == ["good"]
+    with replaced_folder(target) as folder:
+        assert not list(folder.iterdir()), "what a failure left behind is not taken over"

@@ -232,11 +232,6 @@ class Model:
         """Next-token logits in float32, of the entries of the vocabulary only."""
         return head_logits(hidden, self.head(params))[..., : self.config.vocab_size]
 
-    def empty_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
-        """Room for `length` tokens of `batch` sequences."""
-        shape = (self.config.num_layers, batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
     def _moved_left(self, ids, mask):
         """((ids, positions, lengths), how far each row was moved [B, 1], setting): padding to the right of every row.
 

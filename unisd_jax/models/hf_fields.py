@@ -1,9 +1,22 @@
 """Reading the fields of a parsed `config.json`; every error is one line that names the field and what is supported."""
 
+import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from unisd_jax.errors import UserError
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def integer(hf: dict[str, Any], field: str, default: int | None = None) -> int:

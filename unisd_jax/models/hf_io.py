@@ -5,7 +5,6 @@ Weights go from the file to the devices, and back, one tensor at a time, so that
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unisd_jax.errors import UserError
-from unisd_jax.io import write_json_atomic
+from unisd_jax.io import replaced_folder, write_json_atomic
 from unisd_jax.models.config import ModelConfig
 from unisd_jax.models.decoder import Model
 from unisd_jax.models.families import canonical_name, tensor_names
+from unisd_jax.models.hf_fields import json_object
 from unisd_jax.models.loading import load_leaf
 from unisd_jax.models.safetensors_io import Entry, TensorFile, new_tensor_file
 
@@ -89,20 +89,12 @@ def save_hf(
         for _ in tensors:
             pass
         return
-    path = Path(path)
-    partial, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_shards(partial, _shards(entries, shard_bytes), tensors)
-    write_json_atomic(partial / "config.json", _exported_config(model.config, source, entries[0].dtype))
-    for name in TOKENIZER_FILES if source is not None else ():
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, partial / name)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_folder(path) as folder:
+        _write_shards(folder, _shards(entries, shard_bytes), tensors)
+        write_json_atomic(folder / "config.json", _exported_config(model.config, source, entries[0].dtype))
+        for name in TOKENIZER_FILES if source is not None else ():
+            if (Path(source) / name).exists():
+                shutil.copyfile(Path(source) / name, folder / name)
 
 
 def hf_tensors(model: Model, params: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -135,7 +127,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"model.path: {path} is not a directory; expected a Hugging Face checkpoint directory")
     if not (path / "config.json").exists():
         raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face checkpoint")
-    hf = _json_object(path / "config.json")
+    hf = json_object(path / "config.json")
     try:
         return ModelConfig.from_hf(hf)
     except UserError as error:
@@ -177,7 +169,7 @@ def _weight_files(path: Path) -> list[TensorFile]:
 
 
 def _indexed_files(path: Path) -> list[TensorFile]:
-    places = _json_object(path / INDEX).get("weight_map")
+    places = json_object(path / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{path / INDEX}: weight_map is not an object that maps tensors to files")
     files = {}
@@ -242,10 +234,9 @@ def _exported_config(config: ModelConfig, source: str | Path | None, dtype: np.d
     hf = {} if source is None else json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     if "text_config" in hf:
         # Of a model that also sees, only the text part is written; the ids stand where transformers looks for them.
-        ids = {name: value for name, value in (hf["text_config"] | hf).items() if name.endswith("_token_id")}
-        hf = config.to_hf() | {
-            name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids
-        }
+        found = hf["text_config"] | hf
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        hf = config.to_hf() | {name: found[name] for name in ids if name in found}
     hf = hf or config.to_hf()
     hf.pop("torch_dtype", None)
     return hf | {"dtype": str(dtype)}
@@ -255,16 +246,6 @@ def _exported_config(config: ModelConfig, source: str | Path | None, dtype: np.d
 def _layer(leaf: jax.Array, layer: int | jax.Array, *, transpose: bool) -> jax.Array:
     value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return value.T if transpose else value
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
 
 
 def _leaves(tree: dict[str, Any], prefix: tuple = ()) -> Iterator[tuple]:

@@ -73,7 +73,7 @@ def init_lora(key: PRNGKeyArray, params: dict[str, Any], *, rank: int, alpha: fl
     for index, name in enumerate(TARGETS):
         if name not in targets:
             continue
-        layers, inputs, outputs = _kernel(params, TARGETS[name]).shape
+        layers, inputs, outputs = adapted_kernel(params, TARGETS[name]).shape
         if rank > min(inputs, outputs):
             raise UserError(f"model.lora.rank is {rank}, more than the {inputs} x {outputs} matrix {name!r} can hold")
         bound = inputs**-0.5
@@ -89,7 +89,7 @@ def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
         return params
     layers = params["layers"]
     for path, factors in lora.factors.items():
-        kernel = _kernel(params, path)
+        kernel = adapted_kernel(params, path)
         merged = _add_product(kernel, factors, lora.scale)
         group, name = path.split("/")
         layers = layers | {group: layers[group] | {name: layers[group][name] | {"kernel": merged}}}
@@ -130,6 +130,7 @@ def _add_product(kernel: Float[Array, "L in out"], factors: LoraFactors, scale: 
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
 
-def _kernel(params: dict[str, Any], path: str) -> Float[Array, "L in out"]:
+def adapted_kernel(params: dict[str, Any], path: str) -> Float[Array, "L in out"]:
+    """The matrix of all layers that the adapter at `path` ("attention/q") belongs to."""
     group, name = path.split("/")
     return params["layers"][group][name]["kernel"]

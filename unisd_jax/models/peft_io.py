@@ -3,10 +3,7 @@
 PEFT keeps A as [r, in] and B as [out, r], one pair per matrix, and adds lora_alpha / r · B·A.
 """
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unisd_jax.errors import UserError
-from unisd_jax.io import write_json_atomic
+from unisd_jax.io import replaced_folder, write_json_atomic
 from unisd_jax.models.decoder import Model
 from unisd_jax.models.families import canonical_name, tensor_names
-from unisd_jax.models.lora import TARGETS, Lora, LoraFactors
+from unisd_jax.models.hf_fields import json_object
+from unisd_jax.models.lora import TARGETS, Lora, LoraFactors, adapted_kernel
 from unisd_jax.models.safetensors_io import Entry, TensorFile, new_tensor_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +38,6 @@ def save_peft(path: str | Path, model: Model, lora: Lora, *, base: str) -> None:
 
     Adapted matrices of unequal rank are filled up with zeros to the largest, for PEFT's scale depends on the rank.
     """
-    path = Path(path)
     rank = max(factors.a.shape[-1] for factors in lora.factors.values())
     tensors = dict(_stored_factors(model, lora, rank))
     name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
@@ -60,16 +57,12 @@ def save_peft(path: str | Path, model: Model, lora: Lora, *, base: str) -> None:
         "use_dora": False,
         "modules_to_save": None,
     }
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     entries = [Entry(name, value.shape, value.dtype) for name, value in tensors.items()]
-    with new_tensor_file(partial / WEIGHTS, entries) as append:
-        for value in tensors.values():
-            append(value)
-    write_json_atomic(partial / CONFIG, config)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    with replaced_folder(path) as folder:
+        with new_tensor_file(folder / WEIGHTS, entries) as append:
+            for value in tensors.values():
+                append(value)
+        write_json_atomic(folder / CONFIG, config)
 
 
 def load_peft(path: str | Path, model: Model, params: dict[str, Any]) -> Lora:
@@ -86,11 +79,13 @@ def load_peft(path: str | Path, model: Model, params: dict[str, Any]) -> Lora:
     places = {_canonical(model, name): name for name in file.names}
     factors = {}
     for target in TARGETS.values():
-        names = [f"{_module(model, target, layer)}.lora_{side}" for side in "AB" for layer in range(_depth(model))]
+        names = [
+            f"{_module(model, target, layer)}.lora_{side}" for side in "AB" for layer in range(model.config.num_layers)
+        ]
         if not any(name in places for name in names):
             continue
         stored = [_tensor(file, places, name) for name in names]
-        factors[target] = _stack(path, stored, _kernel_shape(params, target), rank, names)
+        factors[target] = _stack(path, stored, adapted_kernel(params, target).shape, rank, names)
         for name in names:
             del places[name]
     if places:
@@ -103,12 +98,7 @@ def load_peft(path: str | Path, model: Model, params: dict[str, Any]) -> Lora:
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise UserError(f"{path} is not an adapter of peft's: expected {CONFIG} and {WEIGHTS} there")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / CONFIG}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path / CONFIG}: not a JSON object")
+    config = json_object(path / CONFIG)
     expected = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": PLAIN_STARTS}
     for field, allowed in expected.items():
         if config.get(field, allowed[0]) not in allowed:
@@ -140,7 +130,7 @@ def _stored_factors(model: Model, lora: Lora, rank: int) -> Iterator[tuple[str, 
         more = rank - a.shape[-1]
         wide = np.pad(np.asarray(a, np.float32), ((0, 0), (0, 0), (0, more)))
         tall = np.pad(np.asarray(b, np.float32), ((0, 0), (0, more), (0, 0)))
-        for layer in range(_depth(model)):
+        for layer in range(model.config.num_layers):
             module = f"{PREFIX}{_module(model, target, layer)}"
             yield f"{module}.lora_A.weight", np.ascontiguousarray(wide[layer].T)
             yield f"{module}.lora_B.weight", np.ascontiguousarray(tall[layer].T)
@@ -175,15 +165,6 @@ def _stack(path: Path, stored: list[np.ndarray], kernel: tuple[int, ...], rank: 
 def _module(model: Model, target: str, layer: int) -> str:
     """`model.layers.0.mlp.up_proj` for the target "mlp/up" in layer 0."""
     return tensor_names(model.config, ("layers", *target.split("/"), "kernel"))[layer].removesuffix(".weight")
-
-
-def _depth(model: Model) -> int:
-    return model.config.num_layers
-
-
-def _kernel_shape(params: dict[str, Any], target: str) -> tuple[int, ...]:
-    group, name = target.split("/")
-    return params["layers"][group][name]["kernel"].shape
 
 
 def _whole(value: float) -> int | float:
