@@ -191,8 +191,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def write_record(folder: Path, work: dict, runs: dict[str, list], rows: list[dict]) -> Path:
     """Everything needed to read the numbers later."""
-    from unisd_jax.experiment import environment
     from unisd_jax.io import write_json_atomic
+    from unisd_jax.provenance import environment
 
     today = datetime.date.today().isoformat()
     device = runs["jax"][0]["device"].replace(" ", "-").lower()

@@ -27,7 +27,7 @@ import numpy as np
 from aot_step import MODELS
 
 from unisd_jax.config import Config, load_config
-from unisd_jax.experiment import configured_model, environment, step_settings
+from unisd_jax.experiment import configured_model, step_settings
 from unisd_jax.io import write_json_atomic
 from unisd_jax.losses import loss_mask
 from unisd_jax.models import Model, ModelConfig, init_lora, merge
@@ -36,6 +36,7 @@ from unisd_jax.models.layout import VOCAB, place
 from unisd_jax.optim import adamw
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.parallel.sharding import batch_sharding, jit_step
+from unisd_jax.provenance import environment
 from unisd_jax.rollout.jax_sampler import sample
 from unisd_jax.rollout.protocol import Sampling
 from unisd_jax.step import init_state, train_step, weights

@@ -16,10 +16,11 @@ from unisd_jax import config as configuration
 from unisd_jax.config import Config
 from unisd_jax.errors import UserError, report_error
 from unisd_jax.eval.statistics import mean_interval
-from unisd_jax.experiment import build, environment, evaluate_test, shared_options
+from unisd_jax.experiment import build, evaluate_test, shared_options
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.parallel import multihost
+from unisd_jax.provenance import environment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -305,28 +301,6 @@ def require_finite(what: str, value: float, version: int) -> None:
         )
 
 
-def environment() -> dict[str, Any]:
-    """What a number was measured with: versions, device, commit."""
-    names = (
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "numpy",
-        "transformers",
-        "unisd-jax",
-    )
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
-    device = jax.devices()[0]
-    return {
-        "versions": versions,
-        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores",
-        "commit": _commit(),
-    }
-
-
 def _load_items(config: Config, task: Task, split: str) -> list[Item]:
     path, limit = getattr(config.data, f"{split}_path"), getattr(config.data, f"{split}_limit")
     return task.load(split, None if path is None else Path(path))[:limit]
@@ -360,18 +334,3 @@ def _check_lengths(config: Config, model: ModelConfig) -> None:
             f"data.max_prompt_length + max_completion_length is {needed} tokens, the model reads at most "
             f"{model.max_position} (dynamic rope scaling goes further, but not with a cache of keys); lower one of them"
         )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -15,8 +15,9 @@ from unisd_jax.config import Config
 from unisd_jax.errors import ConfigError
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.statistics import paired_bootstrap
-from unisd_jax.experiment import Experiment, environment
+from unisd_jax.experiment import Experiment
 from unisd_jax.io import write_text_atomic
+from unisd_jax.provenance import environment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ BASE = {"errors", "io"}
 DATA_TYPES = BASE | {"types", "config"}
 MACHINERY = DATA_TYPES | {"kernels", "losses", "models", "random"}
 SIDES = {"teacher", "data", "rollout", "parallel", "optim", "checkpoint", "metrics", "report"}
-PARTS = MACHINERY | SIDES | {"step", "eval", "sandbox"}
+PARTS = MACHINERY | SIDES | {"step", "eval", "sandbox", "provenance"}
 
 ALLOWED = {
     "kernels": set(),
@@ -40,6 +40,7 @@ ALLOWED = {
     "experiment": PARTS | {"preparation"},
     "collection": PARTS | {"experiment"},
     "inert": set(),
+    "provenance": set(),
     "testing": PARTS,
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
