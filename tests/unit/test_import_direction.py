@@ -45,7 +45,8 @@ ALLOWED = {
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
     "programs": PARTS | {"experiment"},
-    "train": PARTS | {"collection", "experiment", "inert", "interrupt", "preparation", "programs", "results"},
+    "guards": PARTS,
+    "train": PARTS | {"collection", "experiment", "guards", "inert", "interrupt", "preparation", "programs", "results"},
     "evaluate": PARTS | {"experiment", "interrupt", "results"},
 }
 # Modules that were split off another one for length.
