@@ -151,15 +151,26 @@ def test_a_finished_cache_of_another_size_is_not_taken(tmp_path, capsys):
     assert "'count': 3" in capsys.readouterr().out
 
 
-def test_one_builder_at_a_time(tmp_path):
+def test_one_builder_at_a_time_and_the_others_take_what_it_made(tmp_path):
+    program = (
+        "import sys\nfrom unisd_jax.teacher.cache import open_cache\n"
+        f"with open_cache(sys.argv[1], 'negatives', {KEY!r}, {len(RECORDS)}) as cache:\n"
+        "    print('complete' if cache.complete else 'unfinished', sorted(cache.records))"
+    )
     with reopen(tmp_path) as cache:
-        with pytest.raises(UserError, match=f"being built by process {os.getpid()}: wait until it is done, or give"):
-            reopen(tmp_path)
-        other = open_cache(tmp_path, "negatives", KEY | {"seed": 1}, 1)
+        second = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"},
+        )  # fmt: skip
+        line = second.stdout.readline()
+        assert line == f"waiting for process {os.getpid()}, which is making cache {cache.folder}\n"
+        other = open_cache(tmp_path, "negatives", KEY | {"seed": 1}, 1)  # another cache is free
         other.close()
+        assert second.poll() is None
         cache.add(RECORDS)
-    with reopen(tmp_path) as cache:
-        assert cache.records == RECORDS
+        cache.finish()
+    out, _ = second.communicate(timeout=60)
+    assert out == f"complete {sorted(RECORDS)}\n"
 
 
 def test_a_killed_builder_leaves_no_lock(tmp_path):

@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from unisd_jax.errors import UserError
 from unisd_jax.io import write_json_atomic
 
 RECORDS, KEY, MANIFEST = "records.jsonl", "key.json", "manifest.json"
+LOCK_POLL = 0.5  # seconds
 
 
 class Damaged(Exception):
@@ -82,16 +83,14 @@ class RecordCache:
 def open_cache(root: str | Path, kind: str, key: Mapping[str, Any], total: int) -> RecordCache:
     """Opens the cache of `key`, whatever state it is in: absent, unfinished, complete or damaged.
 
-    A damaged folder is moved aside, with a printed line, and a new one is begun.
+    A damaged folder is moved aside, with a printed line, and a new one is begun. While another process makes this
+    cache, this one waits.
 
     Args:
       root: the folder of all caches.
       kind: what the records are, such as "negatives".
       key: all that the records depend on, as JSON values.
       total: how many records a complete cache holds.
-
-    Raises:
-      UserError: another process is building this cache.
     """
     folder = cache_folder(root, kind, key)
     try:
@@ -234,26 +233,32 @@ def _append(path: Path, data: bytes) -> None:
 def _take_lock(folder: Path) -> int:
     """An open file whose lock this process holds; the lock goes with the process, however it ends.
 
-    Raises:
-      UserError: another process holds it.
+    Waits, and says so, while another process holds it: runs that start together share what the first one makes.
     """
     path = folder.with_name(f"{folder.name}.lock")
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise UserError(
-            f"cache {folder} is being built by process {owner}: wait until it is done, or give this run a "
-            "teacher.cache_dir of its own"
-        ) from None
+        _wait_for_lock(lock, folder)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except BaseException:
         os.close(lock)
         raise
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def _wait_for_lock(lock: int, folder: Path) -> None:
+    said = ""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            owner = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+            if owner != said:
+                print(f"waiting for process {owner}, which is making cache {folder}", flush=True)
+                said = owner
+            time.sleep(LOCK_POLL)
 
 
 def _move_aside(folder: Path, damage: Damaged) -> None:
