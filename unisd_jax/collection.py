@@ -28,7 +28,7 @@ class OwnAnswers(NamedTuple):
     A row without enough agreement has its own question as prompt and is not `accepted`.
     """
 
-    prompts: list[list[int]]
+    prompts: list[Sequence[int]]
     shares: list[float]
     accepted: np.ndarray
 
@@ -88,7 +88,10 @@ def own_answers(
         prompt = None
         if reply is not None and share >= config.teacher.self_min_agreement:
             question, placement = example.item.prompt, config.teacher.placement
-            prompt = chat.prompt_ids(teacher_messages(question, reply, condition="self", placement=placement))
+            messages = teacher_messages(
+                question, reply, condition="self", placement=placement, earlier=example.item.earlier
+            )
+            prompt = chat.prompt_ids(messages)
         accepted.append(prompt is not None and len(prompt) <= config.data.max_prompt_length)
         prompts.append(prompt if accepted[-1] else example.student)
         shares.append(share)

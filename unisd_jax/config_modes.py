@@ -71,6 +71,9 @@ UPSTREAM = {
     "teacher.ema_dtype": "bfloat16",
     "optimizer.zero_first_rate": True,
     "data.shuffle": False,
+    "data.form.as_released": True,
+    "data.form.hint": False,
+    "teacher.contexts.as_released": True,
     "rollout.stop": "tokenizer",
 }
 

@@ -30,10 +30,27 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The task, its files and how long a prompt may be."""
+class FormOptions:
+    """How the task's prompts are written and which form of reply they ask for."""
 
-    task: Literal["short_answers", "jsonl", "mbpp", "cos_e", "scienceqa"] = "short_answers"
+    answer: Literal["free", "letter", "json"] = "free"
+    reasoning: bool = True
+    lecture: bool = True
+    hint: bool = True
+    option_seed: int = 42
+    as_released: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The task, where its rows are and how long a prompt may be."""
+
+    task: str = "short_answers"
+    source: Literal["auto", "hub", "tfds"] = "auto"
+    path: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
     train_path: str | None = None
     test_path: str | None = None
     train_limit: int | None = None
@@ -43,6 +60,7 @@ class DataOptions:
     overlong: Literal["drop", "error"] = "drop"
     length_multiple: int = 32
     length_buckets: int = 4
+    form: FormOptions = field(default_factory=FormOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +76,7 @@ class ContextOptions:
     induction_instructions: int = 100
     induction_temperature: float = 0.7
     induction_max_length: int = 256
+    as_released: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ),
     ),
     ("at least 2", lambda x: x >= 2, ("teacher.self_samples",)),
-    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
+    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed", "data.form.option_seed")),
     (
         "a non-empty string",
         lambda x: x.strip() != "",
@@ -156,11 +156,6 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_clip_and_tokens(values)
     _check_views(values)
     _check_losses(values)
-    for name in ("data.train_path", "data.test_path"):
-        if values["data.task"] != "short_answers" and not values[name]:
-            raise ConfigError(
-                f"{name} is missing: data.task {show(values['data.task'])} reads its items from that file"
-            )
 
 
 def _check_start(values: Mapping[str, Any]) -> None:

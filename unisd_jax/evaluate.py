@@ -41,7 +41,7 @@ def run(config: Config) -> EvalResult:
     """
     multihost.require_same("options", shared_options(config))
     multihost.require_shared(Path(config.output_dir))
-    experiment = build(config)
+    experiment = build(config, training=False)
     evaluation = evaluate_test(experiment, experiment.base, 0)
     interval = mean_interval(np.array([grade["exact"] for grade in evaluation.grades]), seed=config.seed)
     folder = Path(config.output_dir) / config.name / "evaluation"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         multihost.initialize(command.config.distributed)
         with multihost.no_process_left_waiting():
             if command.dry_run:
-                experiment = build(command.config)
+                experiment = build(command.config, read_only=True, training=False)
                 print(f"would evaluate {command.config.model.path} on {len(experiment.test)} test items")
                 return multihost.leave(0, together=True)
             result = run(command.config)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import optax
 from unisd_jax.config import Config, to_dict
 from unisd_jax.data.buckets import Buckets, length_buckets
 from unisd_jax.data.chat import Chat, load_chat
-from unisd_jax.data.pipeline import Example, ViewMessages, tokenize
+from unisd_jax.data.loading import load_items, without_test_questions
+from unisd_jax.data.pipeline import Examples, ViewMessages, fitting, length_report, tokenize
+from unisd_jax.data.sources import Place
 from unisd_jax.data.tasks import get_task
-from unisd_jax.data.tasks.base import Item, Task
+from unisd_jax.data.tasks.base import Form, Item, Task
 from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.eval.runner import Evaluation, evaluate_examples
 from unisd_jax.losses import Agreement, Objective
@@ -35,6 +38,7 @@ from unisd_jax.models import (
 )
 from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
+from unisd_jax.parallel import multihost
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.parallel.sharding import head_layout
 from unisd_jax.preparation import require_negatives_in_data, shared_views
@@ -50,6 +54,8 @@ from unisd_jax.types import TrainState
 class Experiment:
     """The parts of a run. `base` are the weights it starts from, read from the folder `checkpoint`.
 
+    An experiment for evaluation alone has no training examples and no buckets.
+
     `dropped` counts training items that were too long, `without_negative` those for which no wrong reply could be made.
     """
 
@@ -60,9 +66,9 @@ class Experiment:
     base: dict[str, Any]
     chat: Chat
     task: Task
-    train: list[Example]
+    train: Examples
     buckets: Buckets
-    test: list[Example]
+    test: Examples
     dropped: int
     without_negative: int
     sampler: JaxSampler
@@ -72,18 +78,19 @@ class Experiment:
     settings: StepSettings
 
 
-def build(config: Config, *, read_only: bool = False) -> Experiment:
+def build(config: Config, *, read_only: bool = False, training: bool = True) -> Experiment:
     """Loads the data first, then the tokenizer, then the weights: what is cheap to get wrong fails first.
 
-    What the teacher's views need and no cache has is made on the way, unless `read_only`.
+    What the teacher's views need and no cache has is made on the way, unless `read_only`. Without `training` only what
+    evaluation reads is built.
 
     Raises:
       NotPrepared: `read_only`, and something is still to be made.
       UserError: data, checkpoint or mesh cannot be used; the message names the option.
     """
     task = get_task(config.data.task)
-    items = {split: _load_items(config, task, split) for split in ("train", "test")}
-    require_negatives_in_data(config, items["train"])
+    train_items, test_items = _load_items(config, task, training)
+    require_negatives_in_data(config, train_items)
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     checkpoint = local_checkpoint(config.model.path)
     model_config = read_config(checkpoint)
@@ -92,13 +99,14 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
     for note in chat.notes:
         print(f"note: {note}", flush=True)
     load = functools.cache(lambda: load_model(config, checkpoint, mesh))
-    train_items, views = shared_views(
-        config, task, items["train"], chat, lambda: _base_sampler(*load()), read_only=read_only
-    )
-    train, dropped = _tokenize(config, chat, train_items, views)
+    made = shared_views(config, task, train_items, chat, lambda: _base_sampler(*load()), read_only=read_only)
+    cache = None if read_only else Path(config.teacher.cache_dir) / "tokens"
+    train, dropped = _tokenize(config, chat, made.items, made.views, cache=cache)
+    for line in length_report(train, dropped):
+        print(f"training items, {line}", flush=True)
     # A test item that does not fit would change what is measured: never dropped.
-    questions = [ViewMessages(student_messages(item.prompt)) for item in items["test"]]
-    test, _ = _tokenize(config, chat, items["test"], questions, overlong="error")
+    questions = [ViewMessages(student_messages(item.prompt, item.earlier)) for item in test_items]
+    test, _ = _tokenize(config, chat, test_items, questions, overlong="error")
     model, base = load()
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, steps=config.train.steps, warmup_ratio=config.optimizer.warmup_ratio,
@@ -116,8 +124,8 @@ def build(config: Config, *, read_only: bool = False) -> Experiment:
         train=train,
         buckets=length_buckets(train, number=config.data.length_buckets, multiple=config.data.length_multiple),
         test=test,
-        dropped=dropped,
-        without_negative=len(items["train"]) - len(train_items),
+        dropped=dropped.total(),
+        without_negative=made.without_negative,
         sampler=JaxSampler(model),
         sampling=Sampling(
             rollout.max_completion_length,
@@ -301,9 +309,33 @@ def require_finite(what: str, value: float, version: int) -> None:
         )
 
 
-def _load_items(config: Config, task: Task, split: str) -> list[Item]:
-    path, limit = getattr(config.data, f"{split}_path"), getattr(config.data, f"{split}_limit")
-    return task.load(split, None if path is None else Path(path))[:limit]
+def _load_items(config: Config, task: Task, training: bool) -> tuple[list[Item], list[Item]]:
+    """Training items, none of which a test item asks too, and test items; says where they are from."""
+    found = {}
+    for side in ("train", "test") if training else ("test",):
+        options = config.data
+        place = Place(options.source, _path(options.path), _path(getattr(options, f"{side}_path")), options.revision)
+        found[side] = load_items(
+            task, side, place=place, split=getattr(options, f"{side}_split"),
+            form=Form(**dataclasses.asdict(options.form)), limit=getattr(options, f"{side}_limit"),
+        )  # fmt: skip
+        if multihost.is_main():
+            print(found[side].note, flush=True)
+    if not training:
+        return [], found["test"].items
+    train, shared = without_test_questions(found["train"].items, found["test"].items)
+    if shared:
+        print(f"{shared} training items left out: test items ask the same questions", flush=True)
+    if not train:
+        raise UserError(
+            "every training item asks what a test item asks: set data.train_split and data.test_split, or the paths, "
+            "to different rows"
+        )
+    return train, found["test"].items
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _base_sampler(model: Model, base: dict[str, Any]) -> JaxSampler:
@@ -313,13 +345,22 @@ def _base_sampler(model: Model, base: dict[str, Any]) -> JaxSampler:
 
 
 def _tokenize(
-    config: Config, chat: Chat, items: list[Item], views: list[ViewMessages], overlong: str | None = None
-) -> tuple[list[Example], int]:
+    config: Config,
+    chat: Chat,
+    items: list[Item],
+    views: list[ViewMessages],
+    *,
+    cache: Path | None = None,
+    overlong: str | None = None,
+) -> tuple[Examples, Counter[str]]:
+    """The items that are short enough as token ids, which all processes make together; how many are not, by reason."""
+    examples = tokenize(
+        items, views, chat, cache=cache, share=multihost.own_share(),
+        wait=lambda: multihost.wait_for_all("the token ids"),
+    )  # fmt: skip
     reads_gold = config.rollout.source == "gold" or config.rollout.on_policy_share < 1
-    return tokenize(
-        items,
-        views,
-        chat,
+    return fitting(
+        examples,
         max_prompt_length=config.data.max_prompt_length,
         max_gold_length=config.rollout.max_completion_length if reads_gold else None,
         overlong=overlong or config.data.overlong,

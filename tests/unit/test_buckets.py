@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisd_jax.data.buckets import Lengths, length_buckets, prompt_lengths
-from unisd_jax.data.pipeline import Example
+from unisd_jax.data.buckets import Buckets, Lengths, length_buckets, prompt_lengths
+from unisd_jax.data.pipeline import Example, Examples
+from unisd_jax.data.tokens import build_table
 
 LENGTHS = st.tuples(st.integers(1, 90), st.integers(0, 200), st.integers(0, 120), st.integers(0, 60))
 
@@ -29,6 +30,29 @@ def test_every_batch_fits_its_bucket_and_there_are_few(lengths, number, multiple
             assert all(own <= room for own, room in zip(prompt_lengths(one), chosen, strict=True))
     whole = np.array([prompt_lengths(one) for one in examples]).max(axis=0)
     assert all(room < longest + multiple for room, longest in zip(buckets.lengths[-1], whole, strict=True))
+
+
+VIEWS = st.tuples(st.booleans(), st.integers(0, 3), st.booleans())
+
+
+@given(VIEWS, st.lists(st.lists(st.integers(1, 200), min_size=6, max_size=6), min_size=1, max_size=20))
+def test_a_table_has_the_buckets_of_its_examples(views, lengths):
+    teacher, contexts, negative = views
+    names = ["student", "teacher", "context-1", "context-2", "context-3", "negative"]
+    kept = [True, teacher, *(number < contexts for number in range(3)), negative]
+    names = [name for name, there in zip(names, kept, strict=True) if there] + ["gold"]
+
+    def make(rows):
+        return [[np.zeros(lengths[row][column % 6], np.int32) for row in rows] for column in range(len(names))]
+
+    table = Examples([None] * len(lengths), build_table(names, len(lengths), make))
+    found, expected = (length_buckets(examples, number=3, multiple=8) for examples in (table, list(table)))
+    assert found == expected
+    assert found.index(table[:]) == len(found.edges) - 1
+
+
+def test_no_examples_no_buckets():
+    assert length_buckets([], number=3, multiple=8) == Buckets((), ())
 
 
 def test_a_long_item_costs_only_its_own_batches():

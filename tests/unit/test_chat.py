@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from unisd_jax.data.chat import Chat, load_chat
@@ -75,6 +77,109 @@ def test_a_template_that_closes_no_turn_is_refused():
     chat = with_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(UserError, match="no stop token"):
         chat.reply_ids(QUESTION, "4")
+
+
+# --- Many at once ---
+
+REPLIES = ["4", "", "two\nlines", 'ö€{"answer": "x"}', " space around ", "字" * 300, "\x00\u2028 <|im_st", "a" * 5000]
+
+
+def assert_batches_are_exact(chat, conversations):
+    """Each as `apply_chat_template` has it, int32, in whatever batch it comes."""
+    prompts = chat.prompts_ids(conversations)
+    replies = [REPLIES[index % len(REPLIES)] for index in range(len(conversations))]
+    golds = chat.replies_ids(conversations, replies, prompts)
+    for messages, reply, prompt, gold in zip(conversations, replies, prompts, golds, strict=True):
+        assert prompt.dtype == gold.dtype == np.int32 and prompt.ndim == gold.ndim == 1
+        assert prompt.tolist() == template_ids(chat, messages, add_generation_prompt=True)
+        whole = template_ids(chat, [*messages, {"role": "assistant", "content": reply}])
+        assert prompt.tolist() + gold.tolist() == whole[: len(prompt) + len(gold)]
+        assert gold[-1] in chat.stop_ids
+    return prompts
+
+
+def conversations(count: int) -> list:
+    texts = [*REPLIES, "What is 2 + 2?", "  indented\n\n\nlines\t", "it's", "x" * 20_000]
+    return [
+        [{"role": "user", "content": f"{texts[n % len(texts)]}{n}"}, *DIALOGUE[: 2 * (n % 2)]] for n in range(count)
+    ]
+
+
+def test_a_batch_is_each_conversation_alone(chat, monkeypatch):
+    whole = assert_batches_are_exact(chat, conversations(30))
+    monkeypatch.setattr("unisd_jax.data.chat.TEXTS_PER_CALL", 7)
+    for ids, again in zip(whole, chat.prompts_ids(conversations(30)), strict=True):
+        np.testing.assert_array_equal(ids, again)
+    assert chat.prompts_ids([]) == [] and chat.replies_ids([], [], []) == []
+
+
+def test_a_batch_with_the_real_tokenizer(smollm2_path):
+    assert_batches_are_exact(load_chat(smollm2_path), conversations(60))
+
+
+def test_threads_may_tokenise_at_the_same_time(directory):
+    """The tokenizer's first call may set it up; none may see it half set up."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    chat = Chat(tokenizer, (tokenizer.eos_token_id,))
+    expected = [load_chat(directory).prompt_ids(messages) for messages in conversations(12)]
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: chat.prompts_ids(conversations(12)), range(40)):
+            assert [ids.tolist() for ids in found] == expected
+
+
+def test_nothing_is_cut_or_padded_whatever_the_tokenizer_is_set_to(directory):
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    settings["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    expected = load_chat(directory).prompt_ids(DIALOGUE)
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    chat = load_chat(directory)
+    before = chat.identity()
+    assert chat.prompt_ids(DIALOGUE) == expected and chat.identity() == before
+    chat.tokenizer(["a", "bc"], padding=True, truncation=True, max_length=3)
+    assert chat.prompt_ids(DIALOGUE) == expected and chat.identity() == before
+
+
+def test_special_tokens_as_text(directory):
+    """A tokenizer may be told to read special tokens in text as plain text; then so do we."""
+    edit_json(directory / "tokenizer_config.json", split_special_tokens=True)
+    chat = load_chat(directory)
+    assert chat.prompt_ids(QUESTION) == template_ids(chat, QUESTION, add_generation_prompt=True)
+    assert TURN_END.encode()[0] in chat.tokenizer.decode(chat.prompt_ids(QUESTION)).encode()
+
+
+def test_a_tokenizer_with_an_encoding_of_its_own_is_asked_itself(chat):
+    class Own(type(byte_tokenizer())):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([part.replace("2", "two") for part in text], **options)
+
+    plain = byte_tokenizer()
+    own = Own(tokenizer_object=plain.backend_tokenizer, eos_token=TURN_END, chat_template=plain.chat_template)
+    assert Chat(own, chat.stop_ids).text(Chat(own, chat.stop_ids).prompt_ids(QUESTION)).count("two") == 2
+    assert Chat(own, chat.stop_ids).replies_ids([], [], []) == []
+
+
+def test_one_bad_text_in_a_batch_is_an_error_of_its_own(chat):
+    good = [{"role": "user", "content": "good"}]
+    prompts = chat.prompts_ids([good, good])
+    with pytest.raises(UserError, match="completion 'so.* holds a token that ends the turn"):
+        chat.replies_ids([good, good], ["fine", f"so{TURN_END}"], prompts)
+    with pytest.raises(UserError, match="does not begin with the prompt's own tokens"):
+        chat.replies_ids([good, good], ["fine", "fine"], [prompts[0], prompts[1][1:]])
+    with pytest.raises(UserError, match=r"text .*no text\\ud83d.* holds half a character"):
+        chat.prompts_ids([good, [{"role": "user", "content": "no text\ud83d"}]])
+    with pytest.raises(UserError, match="holds half a character"):
+        chat.reply_ids(good, "\ud83d")
+
+
+def test_a_template_that_refuses_one_conversation_of_a_batch():
+    chat = with_template(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"chat template: it refuses a conversation \(no system\)"):
+        chat.prompts_ids([QUESTION, [{"role": "system", "content": "be good"}, *QUESTION]])
 
 
 def test_text_leaves_special_tokens_out(chat):

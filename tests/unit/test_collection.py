@@ -85,8 +85,8 @@ def prepare(built):
         sampler = Scripted(experiment.model, experiment.chat, texts)
         changed = dataclasses.replace(experiment, config=config, sampler=sampler)
         items = [example.item for example in experiment.train]
-        kept, views = training_views(config, experiment.task, items, experiment.chat, lambda: sampler)
-        train, _ = tokenize(kept, views, experiment.chat, max_prompt_length=400)
+        made = training_views(config, experiment.task, items, experiment.chat, lambda: sampler)
+        train = tokenize(made.items, made.views, experiment.chat)
         changed = dataclasses.replace(changed, train=train, buckets=length_buckets(train, number=2, multiple=8))
         return changed, _state(experiment)
 
@@ -119,8 +119,8 @@ def test_the_student_samples_with_its_own_merged_weights(prepare):
     assert [experiment.chat.text(row) for row in rows(views.completions)] == ["yes", "no", "maybe", "yes"]
     assert np.all(views.sampler_logps[views.completions.mask] == -1.5)
     examples = experiment.train[:BATCH]
-    assert rows(views.student) == [example.student for example in examples] == sampler.prompts
-    assert rows(views.teacher) == [example.teacher for example in examples]
+    assert rows(views.student) == [list(example.student) for example in examples] == sampler.prompts
+    assert rows(views.teacher) == [list(example.teacher) for example in examples]
     assert views.contexts is None and views.negative is None
     assert views.student.ids.shape[1] % 8 == views.teacher.ids.shape[1] % 8 == 0
 
@@ -128,7 +128,7 @@ def test_the_student_samples_with_its_own_merged_weights(prepare):
 def test_gold_completions_are_not_sampled_and_have_no_sampler_logps(prepare):
     experiment, _ = prepared = prepare("rollout.source=gold")
     views, metrics, sampler = collect(prepared)
-    assert rows(views.completions) == [example.gold for example in experiment.train[:BATCH]]
+    assert rows(views.completions) == [list(example.gold) for example in experiment.train[:BATCH]]
     assert views.sampler_logps is None and sampler.published == [] and metrics.keys() == LENGTHS
     assert views.completions.ids.shape == (BATCH, LENGTH)
     assert views.teacher is not None
@@ -179,7 +179,7 @@ def sources(prepared, steps=200):
         own = views.sampler_logps is not None
         assert metrics.keys() == LENGTHS | {"on_policy"} and metrics["on_policy"] == float(own)
         texts = rows(views.completions)
-        assert (texts == [example.gold for example in experiment.train[:BATCH]]) != own
+        assert (texts == [list(example.gold) for example in experiment.train[:BATCH]]) != own
         drawn.append(own)
     return drawn
 
@@ -220,9 +220,11 @@ def test_contexts_and_negatives_are_padded_beside_the_primary_view(prepare):
     assert views.contexts.ids.shape[:2] == (BATCH, 2) and views.contexts.ids.shape[2] % 8 == 0
     for row, example in enumerate(examples):
         found = [list(ids[kept]) for ids, kept in zip(views.contexts.ids[row], views.contexts.mask[row], strict=True)]
-        assert found == list(example.contexts)
-    assert rows(views.negative) == [example.negative for example in examples]
-    assert all(negative != example.teacher for negative, example in zip(rows(views.negative), examples, strict=True))
+        assert found == [list(ids) for ids in example.contexts]
+    assert rows(views.negative) == [list(example.negative) for example in examples]
+    assert all(
+        negative != list(example.teacher) for negative, example in zip(rows(views.negative), examples, strict=True)
+    )
 
 
 # --- The student's own answers ---
@@ -249,7 +251,7 @@ def test_own_answers_are_the_teachers_demonstration(prepare):
     for example, prompt, reply in zip(experiment.train, own.prompts, ("x", None, "p", None), strict=False):
         question = example.item.prompt
         if reply is None:
-            assert prompt == example.student == experiment.chat.prompt_ids(student_messages(question))
+            assert list(prompt) == list(example.student) == experiment.chat.prompt_ids(student_messages(question))
         else:
             shown = teacher_messages(question, reply, condition="self", placement="inline")
             assert prompt == experiment.chat.prompt_ids(shown)

@@ -413,6 +413,7 @@ _OUT_OF_RANGE = {
     "logging.samples": ["-1"],
     "logging.inert_after": ["0"],
     "seed": ["-1", "4294967296"],
+    "data.form.option_seed": ["-1", "4294967296"],
     "name": ["''", "a/b", "..", ".hidden", "' '", '"a\\\\b"'],
     "output_dir": ["''"],
     "model.path": ["''"],
@@ -471,8 +472,6 @@ def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
         (["--model.lora.targets=[]"], "model.lora.targets must name at least one of q, k"),
         (["--model.lora.targets=[q, gat]"], 'found "gat"; did you mean "gate"?'),
         (["--model.lora.targets=[q, v, q]"], "model.lora.targets must name each projection once"),
-        (["--data.task=jsonl"], "data.train_path is missing"),
-        (["--data.task=jsonl", "--data.train_path=a"], "data.test_path is missing"),
         (["--mode=ema"], 'mode "ema" needs ema, and it is switched off (teacher.ema)'),
         (["--teacher.ema=true"], 'mode "plain" has no ema, and it is switched on (teacher.ema)'),
         (["--mode=sft"], 'mode "sft" needs objective.loss="nll", found "divergence"'),
@@ -588,7 +587,8 @@ def test_the_hash_names_the_numbers_only(write):
     }  # fmt: skip
     special = {
         "preset": None, "parity": None, "objective.loss": None,  # not alone; see below
-        "data.task": "mbpp --data.train_path=a --data.test_path=b",
+        "data.source": "hub", "data.form.answer": "json", "data.form.reasoning": "false",
+        "data.form.lecture": "false", "data.form.hint": "false",
         "mode": "unisd_star", "teacher.ema": "false", "teacher.condition": "none",
         "model.dtype": "float32", "model.trainable": "full", "model.lora.targets": "[q]",
         "data.shuffle": "false", "data.overlong": "error", "teacher.placement": "turns",

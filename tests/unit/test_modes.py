@@ -194,6 +194,9 @@ def test_the_release_modes_load_with_the_releases_arithmetic(mode, preset):
         "teacher.ema_dtype": "bfloat16",
         "optimizer.zero_first_rate": True,
         "data.shuffle": False,
+        "data.form.as_released": True,
+        "data.form.hint": False,
+        "teacher.contexts.as_released": True,
         "rollout.stop": "tokenizer",
     }
 

@@ -2,19 +2,23 @@
 
 import itertools
 import json
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unisd_jax.data import tokens
 from unisd_jax.data.batching import pad_completions, pad_contexts, pad_prompts, round_up
-from unisd_jax.data.chat import load_chat
-from unisd_jax.data.pipeline import Example, ViewMessages, batches, tokenize
+from unisd_jax.data.chat import Chat, load_chat
+from unisd_jax.data.pipeline import Example, ViewMessages, batches, fitting, length_report, tokenize
 from unisd_jax.data.tasks.base import Item
 from unisd_jax.errors import UserError
 from unisd_jax.teacher import student_messages, teacher_messages
-from unisd_jax.testing import tiny_checkpoint
+from unisd_jax.testing import TURN_END, byte_tokenizer, tiny_checkpoint
 
 # --- Order ---
 
@@ -107,27 +111,82 @@ def tokenized(chat, items, views=None, **options):
     return tokenize(items, [views_of(item) for item in items] if views is None else views, chat, **options)
 
 
+def listed(example: Example) -> list:
+    """An example's ids as lists, which compare with ==."""
+    ids = (example.student, example.teacher, example.gold, *example.contexts, example.negative)
+    return [example.item.id, *(None if part is None else list(part) for part in ids)]
+
+
+def all_views(item: Item) -> ViewMessages:
+    contexts = tuple([{"role": "user", "content": f"{text} {item.prompt}"}] for text in ("one", "two and more"))
+    wrong = teacher_messages(item.prompt, "wrong", condition="gold", placement="turns")
+    return ViewMessages(student_messages(item.prompt), views_of(item).teacher, contexts, wrong)
+
+
 def test_an_example_holds_the_prompts_of_its_views_and_the_gold_reply(chat):
-    (example,), dropped = tokenized(chat, items(5), max_prompt_length=500)
+    (example,) = tokenized(chat, items(5))
     student = student_messages("ppppp")
-    assert example.student == chat.prompt_ids(student)
-    assert example.teacher == chat.prompt_ids(
-        [*student, {"role": "assistant", "content": "gold"}, {"role": "user", "content": "ppppp"}]
-    )
-    assert example.gold == chat.reply_ids(student, "gold")
-    assert example.item.id == "i0" and dropped == 0
+    shown = [*student, {"role": "assistant", "content": "gold"}, {"role": "user", "content": "ppppp"}]
+    assert listed(example) == [
+        "i0",
+        chat.prompt_ids(student),
+        chat.prompt_ids(shown),
+        chat.reply_ids(student, "gold"),
+        None,
+    ]
     assert example.contexts == () and example.negative is None
 
 
 def test_auxiliary_and_negative_prompts_are_tokenised_where_there_are_any(chat):
     (item,) = items(5)
-    question = student_messages(item.prompt)
-    contexts = tuple([{"role": "user", "content": text}] for text in ("one", "two and more"))
-    wrong = teacher_messages(item.prompt, "wrong", condition="gold", placement="turns")
-    (example,), _ = tokenized(chat, [item], [ViewMessages(question, None, contexts, wrong)], max_prompt_length=500)
+    views = all_views(item)._replace(teacher=None)
+    (example,) = tokenized(chat, [item], [views])
     assert example.teacher is None
-    assert example.contexts == tuple(chat.prompt_ids(context) for context in contexts)
-    assert example.negative == chat.prompt_ids(wrong)
+    assert [list(ids) for ids in example.contexts] == [chat.prompt_ids(context) for context in views.contexts]
+    assert list(example.negative) == chat.prompt_ids(views.negative)
+
+
+def test_the_ids_are_int32_arrays_that_nobody_can_change(chat, tmp_path):
+    own = items(5, 6)
+    for cache in (None, tmp_path, tmp_path):
+        for example in tokenized(chat, own, [all_views(item) for item in own], cache=cache):
+            for ids in (example.student, example.teacher, example.gold, *example.contexts, example.negative):
+                assert type(ids) is np.ndarray and ids.dtype == np.int32 and not ids.flags.writeable
+
+
+def test_examples_are_a_sequence(chat):
+    found = tokenized(chat, items(5, 6, 7))
+    assert len(found) == 3 and [example.item.id for example in found] == ["i0", "i1", "i2"]
+    assert found[-1].item.id == found[2].item.id == "i2"
+    assert [example.item.id for example in found[1:]] == ["i1", "i2"] and isinstance(found[:1][0], Example)
+    with pytest.raises(IndexError):
+        found[3]
+    assert found.names == ("student", "teacher", "gold") and found.lengths.dtype == np.int32
+    sizes = [[len(example.student), len(example.teacher), len(example.gold)] for example in found]
+    assert found.lengths.tolist() == sizes
+
+
+def test_no_items_are_no_examples(chat, tmp_path):
+    found, dropped = fitting(tokenized(chat, [], cache=tmp_path), max_prompt_length=10)
+    assert len(found) == 0 and list(found) == [] and not dropped and length_report(found, dropped) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_items_must_have_the_same_views(chat):
+    first, second = items(5, 6)
+    with pytest.raises(ValueError, match="different views"):
+        tokenized(chat, [first, second], [views_of(first), all_views(second)])
+
+
+def test_replies_and_prompts_of_any_length(chat):
+    """An empty reply is its stop token; nothing is cut, however long."""
+    own = [Item("empty", "", "", ""), Item("long", "p" * 200_000, "r" * 100_000, "")]
+    empty, long = tokenized(chat, own)
+    assert list(empty.gold) == [chat.tokenizer.eos_token_id]
+    assert chat.text(long.gold) == "r" * 100_000 and chat.text(long.student).count("p") == 200_000
+
+
+# --- Too long ---
 
 
 def test_every_view_counts_for_the_length_and_is_named(chat):
@@ -135,45 +194,237 @@ def test_every_view_counts_for_the_length_and_is_named(chat):
     question, long = student_messages(item.prompt), student_messages("p" * 60)
     limit = len(chat.prompt_ids(long)) - 1
     for name, views in (
+        ("the student's prompt", ViewMessages(long, question)),
+        ("the teacher's prompt", ViewMessages(question, long)),
         ("auxiliary prompt 2", ViewMessages(question, question, (question, long))),
         ("the negative prompt", ViewMessages(question, question, (), long)),
     ):
+        found = tokenized(chat, [item], [views])
         with pytest.raises(UserError, match=rf"i0: {name} has \d+ tokens, data\.max_prompt_length is {limit}"):
-            tokenized(chat, [item], [views], max_prompt_length=limit, overlong="error")
-        assert tokenized(chat, [item], [views], max_prompt_length=limit + 1, overlong="error")[1] == 0
+            fitting(found, max_prompt_length=limit, overlong="error")
+        assert len(fitting(found, max_prompt_length=limit + 1, overlong="error")[0]) == 1
 
 
 def test_too_long_items_are_dropped_whole_and_counted(chat):
-    all_of_them, _ = tokenized(chat, items(5, 60, 6, 61), max_prompt_length=500)
-    limit = len(all_of_them[2].teacher)
-    kept, dropped = tokenized(chat, items(5, 60, 6, 61), max_prompt_length=limit)
-    assert dropped == 2
-    assert kept == [all_of_them[0], all_of_them[2]], "what is kept is not cut"
+    every = tokenized(chat, items(5, 60, 6, 61))
+    kept, dropped = fitting(every, max_prompt_length=len(every[2].teacher))
+    assert dropped.total() == 2
+    assert [listed(example) for example in kept] == [listed(every[0]), listed(every[2])], "what is kept is not cut"
+    assert kept.lengths.tolist() == every.lengths[[0, 2]].tolist()
+    assert listed(fitting(kept, max_prompt_length=len(every[0].teacher))[0][0]) == listed(every[0]), "and again"
 
 
-def test_the_teachers_prompt_counts_too(chat):
-    (example,), _ = tokenized(chat, items(5), max_prompt_length=500)
-    assert len(example.student) < len(example.teacher)
-    with pytest.raises(UserError, match=r"i0: the teacher's prompt has \d+ tokens, data\.max_prompt_length is"):
-        tokenized(chat, items(5), max_prompt_length=len(example.teacher) - 1, overlong="error")
-    assert tokenized(chat, items(5), max_prompt_length=len(example.teacher), overlong="error")[1] == 0
+def test_dropped_items_are_counted_by_the_first_reason(chat):
+    short, long = student_messages("p"), student_messages("p" * 60)
+    limit = len(chat.prompt_ids(long)) - 1
+    own = [Item(str(index), "p", "r" * (30 if index == 4 else 3), "") for index in range(5)]
+    views = [
+        ViewMessages(short, short, (short, long)), ViewMessages(short, short, (long, long)),
+        ViewMessages(long, long, (long, long)), ViewMessages(short, short, (short, short)),
+        ViewMessages(short, short, (short, short)),
+    ]  # fmt: skip
+    kept, dropped = fitting(tokenized(chat, own, views), max_prompt_length=limit, max_gold_length=20)
+    assert [example.item.id for example in kept] == ["3"]
+    assert dropped == {
+        f"auxiliary prompt over data.max_prompt_length={limit}": 2,
+        f"student's prompt over data.max_prompt_length={limit}": 1,
+        "gold completion over rollout.max_completion_length=20": 1,
+    }
+    assert length_report(kept, dropped)[-1] == (
+        f"4 of 5 items dropped: 2 auxiliary prompt over data.max_prompt_length={limit}, 1 student's prompt over "
+        f"data.max_prompt_length={limit}, 1 gold completion over rollout.max_completion_length=20"
+    )
+
+
+def test_the_report_of_lengths(chat):
+    own = items(5, 6, 27)
+    found = tokenized(chat, own, [all_views(item) for item in own])
+    base = len(found[0].student) - 5
+    lines = length_report(*fitting(found, max_prompt_length=500))
+    assert lines[0] == f"student's prompt: {base + 5} / {base + 6} / {base + 27} tokens (shortest, median, longest)"
+    kinds = ["student's prompt", "teacher's prompt", "auxiliary prompt", "negative prompt", "gold completion"]
+    assert [line.partition(":")[0] for line in lines[:-1]] == kinds
+    assert lines[4] == "gold completion: 5 / 5 / 5 tokens (shortest, median, longest)"
+    assert lines[-1] == "0 of 3 items dropped"
 
 
 def test_gold_completions_have_a_limit_only_where_they_are_trained_on(chat):
-    (example,), _ = tokenized(chat, items(5), max_prompt_length=500)
-    assert tokenized(chat, items(5), max_prompt_length=500, max_gold_length=len(example.gold))[1] == 0
+    found = tokenized(chat, items(5))
+    limit = len(found[0].gold)
+    assert len(fitting(found, max_prompt_length=500, max_gold_length=limit)[0]) == 1
     with pytest.raises(UserError, match=r"i0: the gold completion .* rollout\.max_completion_length is"):
-        tokenized(chat, items(5), max_prompt_length=500, max_gold_length=len(example.gold) - 1, overlong="error")
+        fitting(found, max_prompt_length=500, max_gold_length=limit - 1, overlong="error")
 
 
 def test_overlong_error_names_the_item_and_both_ways_out(chat):
     with pytest.raises(UserError, match=r"item i1: the student's prompt .*raise the limit.*data\.overlong=drop"):
-        tokenized(chat, items(5, 300), max_prompt_length=200, overlong="error")
+        fitting(tokenized(chat, items(5, 300)), max_prompt_length=200, overlong="error")
 
 
 def test_nothing_left_is_an_error(chat):
     with pytest.raises(UserError, match=r"all 2 items are too long .data\.max_prompt_length is 10.: nothing is left"):
-        tokenized(chat, items(5, 6), max_prompt_length=10)
+        fitting(tokenized(chat, items(5, 6)), max_prompt_length=10)
+
+
+# --- The cache of token ids ---
+
+
+def cached(chat, cache: Path, own: list[Item], **options) -> list:
+    return [
+        listed(example) for example in tokenized(chat, own, [all_views(item) for item in own], cache=cache, **options)
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many conversations each call to the tokenizer had."""
+    found, original = [], Chat.prompts_ids
+
+    def prompts_ids(self, conversations):
+        found.append(len(conversations))
+        return original(self, conversations)
+
+    monkeypatch.setattr(Chat, "prompts_ids", prompts_ids)
+    return found
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Four items in each part."""
+    monkeypatch.setattr(tokens, "PART_ROWS", 4)
+
+
+def test_what_is_read_back_is_what_was_made(chat, tmp_path, calls, small_parts):
+    own = items(*range(1, 11))
+    without = cached(chat, None, own)
+    first, made = cached(chat, tmp_path / "tokens", own), len(calls)
+    second = cached(chat, tmp_path / "tokens", own)
+    assert without == first == second
+    assert len(calls) == made, "nothing is tokenised again"
+    (folder,) = (tmp_path / "tokens").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [f"part-0000{n}.int32" for n in range(3)]
+
+
+def test_whatever_decides_the_ids_names_the_folder(chat, tmp_path):
+    own = items(5, 6)
+    views = [all_views(item) for item in own]
+
+    def folder(own=own, views=views, chat=chat) -> str:
+        before = set(tmp_path.iterdir())
+        tokenize(own, views, chat, cache=tmp_path)
+        return "".join(path.name for path in set(tmp_path.iterdir()) - before)
+
+    def with_last(**changes) -> list[ViewMessages]:
+        return [views[0], views[1]._replace(**changes)]
+
+    question = [{"role": "user", "content": "another"}]
+    assert folder() and not folder(), "the same again is the same folder"
+    assert not folder([item._replace(id="x", answer="y", negative="z") for item in own]), "no token comes of these"
+    assert folder([own[0], own[1]._replace(completion="other")])
+    assert folder(views=with_last(student=question)) and folder(views=with_last(teacher=question))
+    assert folder(views=with_last(contexts=(views[1].contexts[0], question))) and folder(
+        views=with_last(negative=question)
+    )
+    assert folder(views=with_last(contexts=views[1].contexts[::-1])), "the order counts"
+    assert folder(views=[view._replace(negative=None) for view in views])
+    assert folder(own[::-1], views[::-1]) and folder(own[:1], views[:1])
+    assert folder(views=with_last(student=[*question, *views[1].student]))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'Hi!' }}" + tokenizer.chat_template
+    assert folder(chat=Chat(tokenizer, chat.stop_ids, head_rows=chat.head_rows))
+    assert folder(chat=Chat(byte_tokenizer(), chat.stop_ids, head_rows=None))
+
+
+def test_a_template_that_writes_the_date_is_not_read_back_on_another_day(chat, tmp_path):
+    tokenizer, own = byte_tokenizer(), items(5)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    for day in ("Monday", "Tuesday"):
+        tokenizer.bos_token = day
+        (example,) = tokenized(Chat(tokenizer, chat.stop_ids), own, cache=tmp_path)
+        assert day in tokenizer.decode(example.student)
+
+
+def test_two_processes_make_a_share_each_and_read_all(chat, tmp_path, calls, small_parts):
+    own, barrier, found = items(*range(1, 19)), threading.Barrier(2, timeout=60), {}
+
+    def process(index: int) -> None:
+        found[index] = cached(chat, tmp_path, own, share=(index, 2), wait=barrier.wait)
+
+    threads = [threading.Thread(target=process, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    segments = 5
+    assert sum(calls) == segments * len(own), "every item was tokenised by one of them only"
+    assert found[0] == found[1] == cached(chat, None, own)
+
+
+def test_what_one_process_cannot_tokenise_stops_all_of_them(chat, tmp_path, small_parts):
+    """None is left waiting, and each says what is wrong."""
+    own = items(*range(1, 10))
+    own[5] = own[5]._replace(completion=f"before{TURN_END}after")
+    barrier, found = threading.Barrier(2, timeout=60), {}
+
+    def process(index: int) -> None:
+        try:
+            cached(chat, tmp_path, own, share=(index, 2), wait=barrier.wait)
+        except UserError as error:
+            found[index] = str(error)
+
+    threads = [threading.Thread(target=process, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.keys() == {0, 1} and found[0] == found[1] and "ends the turn" in found[0]
+
+
+def test_a_run_that_was_killed_goes_on_with_the_parts_it_has(chat, tmp_path, calls, small_parts, monkeypatch):
+    own, write = items(*range(1, 19)), tokens.write_bytes_atomic
+
+    def killed(path, data):
+        if path.name == "part-00002.int32":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(tokens, "WORKERS", 1)
+    monkeypatch.setattr(tokens, "write_bytes_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cached(chat, tmp_path, own)
+    (folder,) = tmp_path.iterdir()
+    there = {path.name for path in folder.iterdir()}
+    assert {"part-00000.int32", "part-00001.int32"} <= there and "part-00002.int32" not in there
+    monkeypatch.setattr(tokens, "write_bytes_atomic", write)
+    calls.clear()
+    assert cached(chat, tmp_path, own) == cached(chat, None, own)
+    segments, left = 5, sum(min(4, 18 - 4 * part) for part in range(5) if f"part-0000{part}.int32" not in there)
+    assert sum(calls) == segments * (left + len(own))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_an_os_error(chat, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        cached(chat, tmp_path / "tokens", items(5))
+
+
+def test_a_file_where_the_folder_should_be_is_an_os_error(chat, tmp_path):
+    (tmp_path / "tokens").write_text("")
+    with pytest.raises(OSError):
+        cached(chat, tmp_path / "tokens", items(5))
+
+
+def test_a_full_disk_leaves_no_half_part(chat, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cached(chat, tmp_path, items(5))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert cached(chat, tmp_path, items(5)) == cached(chat, None, items(5))
 
 
 # --- Padding ---

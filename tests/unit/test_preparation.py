@@ -6,21 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from task_rows import load as load_file
 
 from unisd_jax.config import load_config
 from unisd_jax.data.chat import load_chat
+from unisd_jax.data.loading import load_items
 from unisd_jax.data.tasks import get_task
 from unisd_jax.data.tasks.base import Item
 from unisd_jax.errors import UserError
-from unisd_jax.preparation import (
-    NotPrepared,
-    context_messages,
-    induced_instructions,
-    item_negatives,
-    primary_messages,
-    require_negatives_in_data,
-    training_views,
-)
+from unisd_jax.made_once import NotPrepared, induced_instructions, item_negatives
+from unisd_jax.preparation import context_messages, primary_messages, require_negatives_in_data, training_views
 from unisd_jax.rollout import Rollout
 from unisd_jax.teacher import student_messages
 from unisd_jax.testing import tiny_checkpoint
@@ -94,7 +89,7 @@ def configure(checkpoints, tmp_path):
 
 @pytest.fixture(scope="module")
 def items():
-    return TASK.load("train", None)[:COUNT]
+    return load_items(TASK, "train", limit=COUNT).items
 
 
 def written(messages):
@@ -128,7 +123,8 @@ def test_what_the_teacher_is_shown(configure, items, placement):
         assert none == student_messages(item.prompt)
         assert own is None, "made from the student's own samples at every step"
         assert item.prompt in written(other) and item.completion not in written(other)
-        donors = [donor for donor in items if donor.prompt in written(other) and donor is not item]
+        asked = "prompt" if placement == "turns" else "question"
+        donors = [donor for donor in items if getattr(donor, asked) in written(other) and donor is not item]
         assert len(donors) == 1 and donors[0].completion in written(other)
 
 
@@ -146,7 +142,7 @@ def test_the_other_item_is_another_for_another_seed_only_if_it_is_drawn(configur
 @pytest.mark.parametrize("demonstrations", [1, 2])
 def test_contexts_never_hold_the_items_own_solution(configure, chat, items, method, demonstrations):
     config = configure(*agreement(method), f"teacher.contexts.demonstrations={demonstrations}")
-    found = context_messages(config, items, chat, never)
+    found = context_messages(config, TASK, items, chat, never)
     for item, contexts in zip(items, found, strict=True):
         assert len(contexts) == 3
         for context in contexts:
@@ -161,7 +157,7 @@ def test_induced_contexts_hold_an_instruction_and_no_solution(configure, chat, i
     config = configure(*INDUCTION)
     instructions = induced_instructions(config, items, chat, lambda: sampler)
     assert len(set(instructions)) == COUNT // 2
-    for item, contexts in zip(items, context_messages(config, items, chat, never), strict=True):
+    for item, contexts in zip(items, context_messages(config, TASK, items, chat, never), strict=True):
         used = [[text for text in instructions if text in written(context)] for context in contexts]
         assert all(len(found) == 1 for found in used) and len({found[0] for found in used}) == 3
         assert all(item.prompt in written(context) for context in contexts)
@@ -169,7 +165,7 @@ def test_induced_contexts_hold_an_instruction_and_no_solution(configure, chat, i
 
 
 def test_without_auxiliary_views_there_are_none(configure, chat, items):
-    assert context_messages(configure(), items, chat, never) == [[]] * COUNT
+    assert context_messages(configure(), TASK, items, chat, never) == [[]] * COUNT
 
 
 # --- Negatives ---
@@ -217,14 +213,14 @@ def test_a_dry_run_makes_nothing_and_says_what_is_missing(configure, chat, items
         training_views(config, TASK, items, chat, never, read_only=True)
     assert not (tmp_path / "cache").exists()
     training_views(config, TASK, items, chat, never)
-    kept, _ = training_views(config, TASK, items, chat, never, read_only=True)
+    kept, *_ = training_views(config, TASK, items, chat, never, read_only=True)
     assert len(kept) == COUNT
 
 
 def test_negatives_of_a_jsonl_file_are_read(configure, chat, tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text('{"prompt": "2+2?", "completion": "4", "negative": "5"}\n')
-    items = get_task("jsonl").load("train", path)
+    items = load_file("jsonl", path)
     assert item_negatives(configure(CONTRAST, "teacher.negatives.source=data"), TASK, items, chat, never) == ["5"]
 
 
@@ -250,7 +246,7 @@ def test_too_few_negatives_are_refused_before_the_weights_are_loaded(configure, 
 def test_items_without_a_negative_are_left_out_where_coverage_allows(configure, chat, items):
     own = [item._replace(negative=None if index in (3, 7) else "no") for index, item in enumerate(items)]
     config = configure(CONTRAST, "teacher.negatives.source=data")
-    kept, views = training_views(config, TASK, own, chat, never)
+    kept, views, _ = training_views(config, TASK, own, chat, never)
     assert kept == [item for index, item in enumerate(own) if index not in (3, 7)]
     for item, view in zip(kept, views, strict=True):
         # The same layout for the right and the wrong solution.
@@ -267,7 +263,7 @@ def test_only_the_views_that_are_asked_for_are_made(configure, chat, items):
         ((CONTRAST,), True, 0, True),
         (("objective.loss=nll", "rollout.source=gold"), False, 0, False),
     ):
-        kept, views = training_views(configure(*words), TASK, items, chat, never)
+        kept, views, _ = training_views(configure(*words), TASK, items, chat, never)
         assert kept == items
         for item, view in zip(items, views, strict=True):
             assert view.student == student_messages(item.prompt)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from task_rows import ROWS, load
 
 from unisd_jax.data.tasks import TASKS, Item, get_task, jsonl, short_answers
 from unisd_jax.errors import ConfigError, UserError
@@ -59,19 +60,19 @@ def test_opposites_do_not_reveal_each_other():
 
 
 def test_no_prompt_and_no_id_twice():
-    items = short_answers.load("train", None) + short_answers.load("test", None)
+    items = load("short_answers", side="train") + load("short_answers")
     assert len({item.prompt for item in items}) == len({item.id for item in items}) == len(items) == 544
 
 
 def test_prompts_and_answers_are_short():
-    for item in short_answers.load("train", None) + short_answers.load("test", None):
+    for item in load("short_answers", side="train") + load("short_answers"):
         assert len(item.prompt) < 120
         assert len(item.answer.split()) <= 2
         assert item.answer == item.answer.strip() != ""
 
 
 def test_item_states_the_form_and_its_gold_is_right():
-    for item in short_answers.load("test", None):
+    for item in load("short_answers"):
         assert item.prompt.endswith('Reply only with JSON: {"answer": "___"}')
         assert json.loads(item.completion) == {"answer": item.answer}
         assert short_answers.grade(item.completion, item) == {"exact": 1.0, "form": 1.0, "contains": 1.0}
@@ -153,20 +154,21 @@ def test_short_answers_from_a_file(tmp_path):
     path = write(
         tmp_path / "mine.jsonl", {"question": "1 + 1?", "answer": "zwölf"}, {"id": "b", "question": "q", "answer": "a"}
     )
-    first, second = short_answers.load("train", path)
-    assert first == Item("line-1", '1 + 1? Reply only with JSON: {"answer": "___"}', '{"answer": "zwölf"}', "zwölf")
+    first, second = load("short_answers", path)
+    prompt = '1 + 1? Reply only with JSON: {"answer": "___"}'
+    assert first == Item("line-1", prompt, '{"answer": "zwölf"}', "zwölf", question="1 + 1?")
     assert second.id == "b"
 
 
 def test_short_answers_file_is_checked(tmp_path):
     path = write(tmp_path / "mine.jsonl", {"question": "q"})
     with pytest.raises(UserError, match=r"mine\.jsonl, line 1: field 'answer' is missing"):
-        short_answers.load("test", path)
+        load("short_answers", path)
 
 
 def test_unknown_split():
     with pytest.raises(ConfigError, match="'validation', expected 'train' or 'test'"):
-        short_answers.load("validation", None)
+        short_answers.embedded_path("validation")
 
 
 # --- the user's own data ---
@@ -178,7 +180,7 @@ def test_jsonl_items_and_defaults(tmp_path):
         "",
         {"prompt": "q", "completion": "d", "id": "z", "answer": "e"},
     )
-    assert jsonl.load("train", write(tmp_path / "a.jsonl", *lines)) == [
+    assert load("jsonl", write(tmp_path / "a.jsonl", *lines)) == [
         Item("line-1", "p", " c ", " c "),
         Item("z", "q", "d", "e"),
     ]
@@ -187,7 +189,7 @@ def test_jsonl_items_and_defaults(tmp_path):
 def test_jsonl_accepts_a_byte_order_mark_crlf_and_line_separators(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"prompt": "p\u2028q", "completion": "c"}\r\n{"prompt": "r", "completion": "d"}'.encode())
-    assert [item.prompt for item in jsonl.load("train", path)] == ["p\u2028q", "r"]
+    assert [item.prompt for item in load("jsonl", path)] == ["p\u2028q", "r"]
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -203,7 +205,7 @@ GOOD = {"prompt": "p", "completion": "c"}
         (["[" * 100_000], "line 1: not valid JSON"),
         (["[1, 2]"], "line 1: found a JSON list, expected an object"),
         (["null"], "line 1: found a JSON NoneType, expected an object"),
-        ([{"prompt": "p", "response": "c"}], "line 1: field 'completion' is missing.*'response'"),
+        ([{"prompt": "p", "response": "c"}], "line 1: field 'reference' is missing.*'response'"),
         (["{}"], "line 1: field 'prompt' is missing.*none"),
         ([GOOD, {"prompt": 7, "completion": "c"}], "line 2: field 'prompt' is a int, expected a string"),
         ([{"prompt": "p", "completion": None}], "line 1: field 'completion' is a NoneType"),
@@ -211,31 +213,31 @@ GOOD = {"prompt": "p", "completion": "c"}
         ([{**GOOD, "answer": 3}], "line 1: field 'answer' is a int"),
         ([{**GOOD, "answer": ""}], "line 1: field 'answer' is empty"),
         ([{**GOOD, "id": 3}], "line 1: field 'id' is a int"),
-        ([{**GOOD, "id": "a"}, GOOD, {**GOOD, "id": "a"}], "line 3: id 'a' was already used in line 1"),
-        ([{**GOOD, "id": "line-2"}, GOOD], "line 2: id 'line-2' was already used in line 1"),
+        ([{**GOOD, "id": "a"}, GOOD, {**GOOD, "id": "a"}], "line 3: id 'a' was already used in an earlier line"),
+        ([{**GOOD, "id": "line-2"}, GOOD], "line 2: id 'line-2' was already used in an earlier line"),
     ],
 )
 def test_jsonl_errors_name_the_file_and_line(tmp_path, lines, message):
     path = write(tmp_path / "data.jsonl", *lines)
     with pytest.raises(UserError, match=message) as caught:
-        jsonl.load("train", path)
+        load("jsonl", path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_jsonl_missing_file_folder_and_bad_bytes(tmp_path):
     with pytest.raises(UserError, match="none.jsonl does not exist"):
-        jsonl.load("train", tmp_path / "none.jsonl")
+        load("jsonl", tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
-        jsonl.load("train", tmp_path)
+        load("jsonl", tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "p", "completion": "c"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match=r"latin\.jsonl, line 2: not UTF-8"):
-        jsonl.load("train", tmp_path / "latin.jsonl")
+        load("jsonl", tmp_path / "latin.jsonl")
 
 
 def test_jsonl_needs_a_path():
     with pytest.raises(ConfigError, match=r"set data\.test_path"):
-        jsonl.load("test", None)
+        load("jsonl")
 
 
 @pytest.mark.parametrize(("text", "exact"), [("c", 1.0), (" c\n", 1.0), ("C", 0.0), ("c.", 0.0), ("", 0.0)])
@@ -247,7 +249,7 @@ def test_jsonl_grade(text, exact):
 
 
 def test_get_task():
-    assert set(TASKS) == {"short_answers", "jsonl", "mbpp", "cos_e", "scienceqa"}
+    assert list(TASKS) == list(ROWS)
     for name, task in TASKS.items():
         assert get_task(name) is task
         assert task.name == name
@@ -260,7 +262,7 @@ def test_get_task_suggests_the_nearest_name(name, near):
 
 
 def test_answers_are_compared_inside_the_form():
-    item = short_answers.load("train", None)[0]
+    item = load("short_answers", side="train")[0]
     same = {
         short_answers.parse(text, item) for text in ('{"answer": "New  York"}', ' {"answer":"new york"}', "New York")
     }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unisd_jax.data.batching import round_up
-from unisd_jax.data.pipeline import Example
+from unisd_jax.data.pipeline import Example, Examples, is_context
 
 
 class Lengths(NamedTuple):
@@ -31,11 +31,13 @@ class Buckets(NamedTuple):
 
 
 def length_buckets(examples: Sequence[Example], *, number: int, multiple: int) -> Buckets:
-    """At most `number` buckets, evenly spaced from the shortest to the longest of `examples`.
+    """At most `number` buckets, evenly spaced from the shortest to the longest of `examples`; none without examples.
 
     Evenly in length, not in count: a few long items cost only their own batches. Lengths are rounded up to `multiple`.
     """
-    sizes = np.array([prompt_lengths(example) for example in examples])
+    if not len(examples):
+        return Buckets((), ())
+    sizes = _sizes(examples)
     totals = sizes.sum(axis=1)
     found: dict[Lengths, float] = {}
     for edge in np.linspace(totals.min(), totals.max(), number + 1)[1:]:
@@ -49,3 +51,14 @@ def prompt_lengths(example: Example) -> Lengths:
     """Unpadded lengths of one example's prompts; the longest of its contexts."""
     teacher, negative = (0 if ids is None else len(ids) for ids in (example.teacher, example.negative))
     return Lengths(len(example.student), teacher, max(map(len, example.contexts), default=0), negative)
+
+
+def _sizes(examples: Sequence[Example]) -> np.ndarray:
+    """`prompt_lengths` of every example, [examples, 4]; a table has them without its examples being built."""
+    if not isinstance(examples, Examples):
+        return np.array([prompt_lengths(example) for example in examples])
+    columns = dict(zip(examples.names, examples.lengths.T, strict=True))
+    absent = np.zeros(len(examples), np.int32)
+    contexts = [column for name, column in columns.items() if is_context(name)]
+    longest = np.max(contexts, axis=0) if contexts else absent
+    return np.stack([columns["student"], columns.get("teacher", absent), longest, columns.get("negative", absent)], 1)

@@ -4,12 +4,19 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
 
 from unisd_jax.errors import UserError
+
+Messages = list[dict[str, str]]
+
+# So many that the calls themselves cost nothing, so few that what the encoder holds beside the ids stays small.
+TEXTS_PER_CALL = 256
 
 
 class Chat:
@@ -28,50 +35,106 @@ class Chat:
         self.head_rows = head_rows
         self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, head_rows or sys.maxsize)
         self.notes = notes
+        self._is_plain = _is_plain(tokenizer)
 
     def identity(self) -> str:
         """A hash of everything that decides how text becomes ids and where a reply ends."""
-        parts = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, list(self.stop_ids)
+        parts = _backend(self.tokenizer).to_str(), self.tokenizer.chat_template, list(self.stop_ids)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Messages) -> list[int]:
         """The messages followed by the header of the assistant's turn."""
-        return self._ids(messages, add_generation_prompt=True)
+        return self.prompts_ids([messages])[0].tolist()
 
-    def reply_ids(self, messages: list[dict[str, str]], reply: str) -> list[int]:
+    def reply_ids(self, messages: Messages, reply: str) -> list[int]:
         """`reply` as the assistant would have produced it after `messages`, with the token that ends the turn.
 
         Raises:
-          UserError: the template does not continue its own prompt, or closes no turn; or the text of `reply` holds a
-            stop token, after which the rest would be lost.
+          UserError: as `replies_ids`.
         """
-        if set(self.tokenizer(reply, add_special_tokens=False)["input_ids"]) & set(self.stop_ids):
-            raise UserError(f"completion {reply[:60]!r} holds a token that ends the turn: remove it from the data")
-        prompt = self.prompt_ids(messages)
-        whole = self._ids([*messages, {"role": "assistant", "content": reply}])
-        if whole[: len(prompt)] != prompt:
-            raise UserError("chat template: a prompt with its reply does not begin with the prompt's own tokens")
-        rest = whole[len(prompt) :]
-        ends = [index for index, token in enumerate(rest) if token in self.stop_ids]
-        if not ends:
-            raise UserError(f"chat template: no stop token {self.stop_ids} after the assistant's reply")
-        return rest[: ends[0] + 1]
+        return self.replies_ids([messages], [reply], self.prompts_ids([messages]))[0].tolist()
 
-    def text(self, ids: list[int]) -> str:
+    def prompts_ids(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
+        """`prompt_ids` of many conversations, int32; threads may call it at the same time.
+
+        Raises:
+          UserError: the template refuses a conversation, or a text cannot be encoded for this model.
+        """
+        return self._ids(conversations, add_generation_prompt=True)
+
+    def replies_ids(
+        self, conversations: Sequence[Messages], replies: Sequence[str], prompts: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """`reply_ids` of many replies, int32; `prompts` are the `prompts_ids` of the conversations.
+
+        Raises:
+          UserError: as `prompts_ids`; or the template does not continue its own prompt, or closes no turn; or the text
+            of a reply holds a stop token, after which the rest would be lost.
+        """
+        stop_ids = set(self.stop_ids)
+        for reply, ids in zip(replies, self._encoded(replies), strict=True):
+            if not stop_ids.isdisjoint(ids.tolist()):
+                raise UserError(f"completion {reply[:60]!r} holds a token that ends the turn: remove it from the data")
+        wholes = self._ids(
+            [
+                [*messages, {"role": "assistant", "content": reply}]
+                for messages, reply in zip(conversations, replies, strict=True)
+            ]
+        )
+        return [self._reply(whole, prompt) for whole, prompt in zip(wholes, prompts, strict=True)]
+
+    def text(self, ids: Sequence[int]) -> str:
         """What a reader sees: special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _ids(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
+    def rendered(self, conversations: Sequence[Messages], **options: bool) -> list[str]:
+        """The template's text of each conversation.
+
+        Raises:
+          UserError: the template refuses one.
+        """
+        if not conversations:
+            return []
         try:
-            ids = list(
-                self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-            )
+            return self.tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
         except TemplateError as error:
             raise UserError(f"chat template: it refuses a conversation ({_reason(error)})") from None
-        if self.head_rows is not None and max(ids, default=0) >= self.head_rows:
-            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+
+    def _ids(self, conversations: Sequence[Messages], **options: bool) -> list[np.ndarray]:
+        """What `apply_chat_template` gives with `tokenize=True`, a whole batch at a time."""
+        found: list[np.ndarray] = []
+        for start in range(0, len(conversations), TEXTS_PER_CALL):
+            found += self._encoded(self.rendered(conversations[start : start + TEXTS_PER_CALL], **options))
+        highest = max((int(ids.max()) for ids in found if len(ids)), default=0)
+        if self.head_rows is not None and highest >= self.head_rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
             raise UserError(f"text holds the token {token!r}, for which the model has no row: remove it from the data")
-        return ids
+        return found
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of texts without further special tokens, int32; other threads run meanwhile."""
+        texts = list(texts)
+        try:
+            if texts and not self._is_plain:
+                return [np.array(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            encodings = _backend(self.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            # Written in JSON as "\ud83d" without its second half; Python reads that, but it is no text.
+            broken = next((text for text in texts if _has_half_characters(text)), None)
+            if broken is None:
+                raise
+            raise UserError(f"text {broken[:60]!r} holds half a character, a lone surrogate: repair the data") from None
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _reply(self, whole: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+        """What comes after `prompt` in `whole`, to the end of the turn."""
+        if not np.array_equal(whole[: len(prompt)], prompt):
+            raise UserError("chat template: a prompt with its reply does not begin with the prompt's own tokens")
+        rest = whole[len(prompt) :]
+        ends = np.flatnonzero(np.isin(rest, self.stop_ids))
+        if not len(ends):
+            raise UserError(f"chat template: no stop token {self.stop_ids} after the assistant's reply")
+        return rest[: ends[0] + 1]
 
 
 def load_chat(path: str | Path, *, stop: Literal["all", "tokenizer"] = "all", head_rows: int | None = None) -> Chat:
@@ -138,6 +201,29 @@ def check_vocabulary(tokenizer: Any, stop_ids: tuple[int, ...], rows: int) -> li
         return [f"the model has no row for {len(beyond)} token(s) of its tokenizer ({names}): text must not hold them"]
     unused = rows - 1 - max(vocabulary.values())
     return [f"the last {unused} of the head's {rows} rows belong to no token and are never sampled"] if unused else []
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether the tokenizer's ids are those of its Rust backend; a few families do something of their own around it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust encoder, set as `apply_chat_template` sets it: a tokenizer.json may ask for cutting and padding."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _has_half_characters(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _stop_notes(sources: dict[str, set[int]]) -> list[str]:

@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
 def replies(
     engine: RolloutEngine,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
     chat: Chat,
     sampling: Sampling,
     *,
@@ -54,7 +54,7 @@ def replies(
 
 def greedy_replies(
     engine: RolloutEngine,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
     chat: Chat,
     *,
     version: int,

@@ -145,6 +145,11 @@ def process_count() -> int:
     return jax.process_count()
 
 
+def own_share() -> tuple[int, int]:
+    """(this process's number, how many there are), to divide work among them."""
+    return jax.process_index(), jax.process_count()
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here, for instance after the main one has written `what`."""
     if jax.process_count() > 1:

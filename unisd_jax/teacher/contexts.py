@@ -89,6 +89,35 @@ def assign_instructions(count: int, instructions: Sequence[str], *, views: int, 
     return assigned
 
 
+def released_random_donors(count: int, *, views: int, seed: int) -> Donors:
+    """Donors as the release draws them: one generator for all items, one donor a view, the same question no obstacle.
+
+    Its draw from the explicit list of the other items is this one from a range, number for number (spec 1.7).
+    """
+    generator, donors = random.Random(seed), []
+    for item in range(count):
+        others = range(count - 1)
+        enough = len(others) >= views
+        drawn = generator.sample(others, views) if enough else generator.choices(others, k=views)
+        donors.append([[other + (other >= item)] for other in drawn])
+    return donors
+
+
+def released_nearest_donors(count: int, *, views: int, per_view: int, rank: Ranking, itself: bool) -> Donors:
+    """The nearest items as the release takes them; with `itself` the item may be its own donor (D-13, A4)."""
+    needed, donors = views * per_view, []
+    for item in range(count):
+        found = [other for other in rank(item, needed + 1) if itself or other != item]
+        donors.append(_deal(found[:needed], views, per_view))
+    return donors
+
+
+def released_instructions(count: int, instructions: Sequence[str], *, views: int, seed: int) -> list[list[str]]:
+    """Instructions as the release assigns them: drawn with replacement, one list for all items."""
+    drawn = random.Random(seed).choices(range(len(instructions)), k=count * views)
+    return [[instructions[drawn[item * views + view]] for view in range(views)] for item in range(count)]
+
+
 def same_question(text: str) -> str:
     """What two questions have in common if they are the same: the text, case and runs of white space aside."""
     return " ".join(text.casefold().split())

@@ -1,16 +1,26 @@
 """Wrong tool calls: another action, or an argument with another value, another name or missing.
 
 Read in both forms that tasks use: lines `Action: name` and `Action Input: {...}`, and JSON objects with the fields
-`Action` and `Action_Input`.
+`Action` and `Action_Input`. All but the changed part stays as it is written: other spacing would tell wrong from right.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 ACTION = re.compile(r'(?m)^[ \t]*Action[ \t]*:[ \t]*(\S[^\n]*?)[ \t]*$|"Action"\s*:\s*"([^"\n]+)"')
 INPUT = re.compile(r'(?m)^[ \t]*Action[ _]Input[ \t]*:\s*(?=\{)|"Action_Input"\s*:\s*(?=\{)')
+SPACE = re.compile(r"\s*")
+
+
+class Argument(NamedTuple):
+    """One argument, and where its key and its value stand in the text."""
+
+    key: str
+    value: Any
+    key_span: tuple[int, int]
+    value_span: tuple[int, int]
 
 
 def tool_mutations(completion: str, peers: Sequence[str]) -> list[list[str]]:
@@ -21,21 +31,23 @@ def tool_mutations(completion: str, peers: Sequence[str]) -> list[list[str]]:
       peers: other items' good replies, whose actions and arguments are borrowed.
     """
     actions = [name for peer in peers for _, _, name in _actions(peer)]
-    lent = [pair for peer in peers for _, arguments in _inputs(peer) for pair in arguments.items()]
+    lent = [argument for peer in peers for arguments in _inputs(peer) for argument in arguments]
+    lent_names = list(dict.fromkeys(argument.key for argument in lent))
     wrong_actions = [
-        completion[:start] + new + completion[end:]
+        _put(completion, (start, end), new)
         for start, end, old in _actions(completion)
         for new in dict.fromkeys(actions)
         if new != old
     ]
     values, names, missing = [], [], []
-    for start, arguments in _inputs(completion):
-        for key, value in arguments.items():
-            values += [_edited(completion, start, key, value, key, new) for new in _other_values(value, lent)]
-            new_names = dict.fromkeys(name for name, _ in lent if name not in arguments)
-            names += [_edited(completion, start, key, value, name, value) for name in new_names]
-            missing.append(_without(completion, start, key, value))
-    return [wrong_actions, *([text for text in kind if text is not None] for kind in (values, names, missing))]
+    for arguments in _inputs(completion):
+        own = [argument.key for argument in arguments]
+        for place, argument in enumerate(arguments):
+            others = _other_values(argument.value, lent)
+            values += [_put(completion, argument.value_span, _dump(other)) for other in others]
+            names += [_put(completion, argument.key_span, _dump(name)) for name in lent_names if name not in own]
+            missing.append(_without(completion, arguments, place))
+    return [wrong_actions, values, names, missing]
 
 
 def _actions(text: str) -> Iterator[tuple[int, int, str]]:
@@ -45,47 +57,61 @@ def _actions(text: str) -> Iterator[tuple[int, int, str]]:
         yield *match.span(group), match.group(group)
 
 
-def _inputs(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Start and arguments of every action's input that is a JSON object."""
+def _inputs(text: str) -> Iterator[list[Argument]]:
+    """The arguments of every action whose input is a JSON object."""
     for match in INPUT.finditer(text):
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, match.end())
+            yield _arguments(text, match.end())
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict):
-            yield match.end(), value
 
 
-def _other_values(value: Any, lent: Sequence[tuple[str, Any]]) -> list[Any]:
+def _arguments(text: str, start: int) -> list[Argument]:
+    """The members of the JSON object that begins at `start`.
+
+    Raises:
+      ValueError: it is not JSON.
+      RecursionError: it is too deeply nested.
+    """
+    decoder = json.JSONDecoder()
+    decoder.raw_decode(text, start)  # so that below only places have to be found
+    arguments, place = [], _skip(text, start + 1)
+    while text[place] != "}":
+        key, key_end = decoder.raw_decode(text, place)
+        value_start = _skip(text, _skip(text, key_end) + 1)
+        value, value_end = decoder.raw_decode(text, value_start)
+        arguments.append(Argument(key, value, (place, key_end), (value_start, value_end)))
+        place = _skip(text, value_end)
+        if text[place] == ",":
+            place = _skip(text, place + 1)
+    return arguments
+
+
+def _skip(text: str, place: int) -> int:
+    return SPACE.match(text, place).end()
+
+
+def _other_values(value: Any, lent: Sequence[Argument]) -> list[Any]:
     """Values of the same type: a number near it, the opposite truth, another item's text."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value - 1] if value > 0 else [value + 1]
-    return [other for _, other in lent if type(other) is type(value) and other != value][:8]
+    return [other.value for other in lent if type(other.value) is type(value) and other.value != value][:8]
 
 
-def _edited(text: str, start: int, key: str, value: Any, new_key: str, new_value: Any) -> str | None:
-    """The text with one argument changed where it is written; None if it is not written as JSON usually is."""
-    found = _pair(key, value).search(text, start)
-    if found is None:
-        return None
-    changed = f"{_dump(new_key)}{found.group('colon')}{_dump(new_value)}"
-    return text[: found.start("pair")] + changed + text[found.end("pair") :]
+def _without(text: str, arguments: Sequence[Argument], place: int) -> str:
+    """The text without one argument and the comma after it, or before it if it is the last."""
+    start, end = arguments[place].key_span[0], arguments[place].value_span[1]
+    if place + 1 < len(arguments):
+        end = arguments[place + 1].key_span[0]
+    elif place > 0:
+        start = arguments[place - 1].value_span[1]
+    return _put(text, (start, end), "")
 
 
-def _without(text: str, start: int, key: str, value: Any) -> str | None:
-    found = _pair(key, value).search(text, start)
-    if found is None:
-        return None
-    if found.group("after"):
-        return text[: found.start("pair")] + text[found.end("after") :]
-    return text[: found.start()] + text[found.end("pair") :]
-
-
-def _pair(key: str, value: Any) -> re.Pattern[str]:
-    pair = rf"(?P<pair>{re.escape(_dump(key))}(?P<colon>\s*:\s*){re.escape(_dump(value))})"
-    return re.compile(rf"(?:,\s*)?{pair}(?P<after>\s*,\s*)?(?=\s*[}}\"])")
+def _put(text: str, span: tuple[int, int], new: str) -> str:
+    return text[: span[0]] + new + text[span[1] :]
 
 
 def _dump(value: Any) -> str:

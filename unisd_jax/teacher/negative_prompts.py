@@ -7,13 +7,14 @@ from unisd_jax.teacher.prompts import Message
 
 
 class Problem(NamedTuple):
-    """An item that needs wrong replies; `options` are the letters of a choice, in order."""
+    """An item that needs wrong replies; `options` are the letters of a choice, `earlier` the messages before it."""
 
     id: str
     question: str
     completion: str
     answer: str
     options: tuple[str, ...] = ()
+    earlier: tuple[Message, ...] = ()
 
 
 # The mistakes of each family, in the order in which an item's wrong replies are asked for.
@@ -73,7 +74,7 @@ def request_messages(
     if example is not None:
         other, wrong = example
         before = [_request(other, family, slot), {"role": "assistant", "content": wrong}]
-    return [*before, _request(problem, family, slot)]
+    return [*problem.earlier, *before, _request(problem, family, slot)]
 
 
 def _request(problem: Problem, family: Family, slot: int) -> Message:

@@ -13,12 +13,14 @@ Placement = Literal["turns", "inline"]
 Condition = Literal["gold", "self", "none"]
 
 
-def student_messages(question: str) -> list[Message]:
-    """The question alone."""
-    return [_user(question)]
+def student_messages(question: str, earlier: Sequence[Message] = ()) -> list[Message]:
+    """The question alone, after what was said `earlier` in its conversation."""
+    return [*earlier, _user(question)]
 
 
-def teacher_messages(question: str, demonstration: str, *, condition: Condition, placement: Placement) -> list[Message]:
+def teacher_messages(
+    question: str, demonstration: str, *, condition: Condition, placement: Placement, earlier: Sequence[Message] = ()
+) -> list[Message]:
     """The question together with a response to it; without one (`condition` "none") the student's own prompt.
 
     `gold` and `self` say where the response comes from, the data or the model, and are laid out alike. The negative
@@ -28,21 +30,32 @@ def teacher_messages(question: str, demonstration: str, *, condition: Condition,
       ValueError: an unknown condition or placement.
     """
     if condition == "none":
-        return student_messages(question)
+        return student_messages(question, earlier)
     if condition not in ("gold", "self"):
         raise ValueError(f"condition is {condition!r}; expected gold or none, or self for the model's own response")
     if placement == "turns":
-        return [_user(question), _assistant(demonstration), _user(question)]
+        return [*earlier, _user(question), _assistant(demonstration), _user(question)]
     if placement == "inline":
         content = (
             f"{question}\n\nHere is one good response to this question:\n{demonstration}\n\n"
             "Read it closely, then give your own response to the question."
         )
-        return [_user(content)]
+        return [*earlier, _user(content)]
     raise ValueError(f"placement is {placement!r}; expected turns or inline")
 
 
-def auxiliary_messages(question: str, examples: Sequence[tuple[str, str]], *, placement: Placement) -> list[Message]:
+def privileged_messages(question: str, context: str, earlier: Sequence[Message] = ()) -> list[Message]:
+    """The question together with what only the teacher may know of it: a hint, a document, feedback.
+
+    Always inline: such a text is no turn of a conversation.
+    """
+    content = f"{question}\n\nThis may help you with the question:\n{context}\n\nGive your own response to it."
+    return [*earlier, _user(content)]
+
+
+def auxiliary_messages(
+    question: str, examples: Sequence[tuple[str, str]], *, placement: Placement, earlier: Sequence[Message] = ()
+) -> list[Message]:
     """The question together with solved examples of other questions, never its own solution (UniSD section 2.2).
 
     The same layout for every task and every way of choosing the examples; the release wraps its teacher's prompt,
@@ -52,6 +65,7 @@ def auxiliary_messages(question: str, examples: Sequence[tuple[str, str]], *, pl
       question: what is asked.
       examples: (question, good response) of other items, nearest first.
       placement: `turns`, earlier exchanges; `inline`, one user message that marks them as reference only.
+      earlier: the messages before the question; the examples follow a system message and precede the rest.
 
     Raises:
       ValueError: no example, or an unknown placement.
@@ -59,8 +73,9 @@ def auxiliary_messages(question: str, examples: Sequence[tuple[str, str]], *, pl
     if not examples:
         raise ValueError("examples is empty; expected at least one solved example of another question")
     if placement == "turns":
-        exchanges = [(_user(asked), _assistant(response)) for asked, response in examples]
-        return [*(message for exchange in exchanges for message in exchange), _user(question)]
+        system = [message for message in earlier if message["role"] == "system"]
+        exchanges = [message for asked, response in examples for message in (_user(asked), _assistant(response))]
+        return [*system, *exchanges, *earlier[len(system) :], _user(question)]
     if placement == "inline":
         blocks = [
             f"[Example {number}: question]\n{asked}\n\n[Example {number}: response]\n{response}"
@@ -75,13 +90,13 @@ def auxiliary_messages(question: str, examples: Sequence[tuple[str, str]], *, pl
                 question,
             ]
         )
-        return [_user(content)]
+        return [*earlier, _user(content)]
     raise ValueError(f"placement is {placement!r}; expected turns or inline")
 
 
-def induction_messages(question: str, instruction: str) -> list[Message]:
+def induction_messages(question: str, instruction: str, earlier: Sequence[Message] = ()) -> list[Message]:
     """The question below general guidance; no mention of a solution, as there is none (the release's defect A14)."""
-    return [_user(f"Guidance for questions of this kind:\n{instruction}\n\nQuestion:\n{question}")]
+    return [*earlier, _user(f"Guidance for questions of this kind:\n{instruction}\n\nQuestion:\n{question}")]
 
 
 def _user(content: str) -> Message:

@@ -1,18 +1,24 @@
-"""What a task is: items to learn from and a way to grade a completion."""
+"""What a task is: where its rows are published, how one becomes an item, how a reply to it is read and graded."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from unisd_jax.data.rows import Row
+
 Family = Literal["text", "choice", "code", "tools"]
+Message = Mapping[str, str]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Item(NamedTuple):
     """One question: `prompt` is the user message, `completion` the gold reply and demonstration, `answer` is graded.
 
-    `negative` is a wrong reply that came with the data; `details` holds what only the task itself reads (tests,
-    options).
+    `question` is what is asked without the words on how to reply: what other items are shown of it, and what
+    similarity is measured on. `same` tells two questions apart whatever the order of their options. `earlier` are the
+    messages before the prompt. `context` is what the teacher sees instead of the gold reply, `negative` a wrong reply;
+    both only where the data have them. `details` holds what only the task itself reads (tests, options).
     """
 
     id: str
@@ -20,7 +26,37 @@ class Item(NamedTuple):
     completion: str
     answer: str
     negative: str | None = None
-    details: Mapping[str, Any] = MappingProxyType({})
+    details: Mapping[str, Any] = _NOTHING
+    question: str = ""
+    same: str = ""
+    earlier: tuple[Message, ...] = ()
+    context: str | None = None
+
+
+class Form(NamedTuple):
+    """How prompts are written and replies asked for; `configs/base.yaml` explains each option (`data.form`)."""
+
+    answer: Literal["free", "letter", "json"] = "free"
+    reasoning: bool = True
+    lecture: bool = True
+    hint: bool = True
+    option_seed: int = 42
+    as_released: bool = False
+
+
+class Source(NamedTuple):
+    """Where the rows are published: a hub `repository` at a pinned `revision` (None: none is known), and its splits.
+
+    A split is called "split", or "config/split" where the data have configs. `sizes` are the rows of each split in that
+    revision. `folders` are the names under which each config ("" without) may lie below `data.path`. `tfds` names the
+    splits that tensorflow-datasets has too, as "builder:version/split", with the same fields in another order of rows.
+    """
+
+    repository: str
+    revision: str | None
+    sizes: Mapping[str, int]
+    folders: Mapping[str, tuple[str, ...]]
+    tfds: Mapping[str, str] = _NOTHING
 
 
 def whole_text(text: str) -> str | None:
@@ -29,15 +65,31 @@ def whole_text(text: str) -> str | None:
 
 
 class Task(NamedTuple):
-    """A benchmark: `load(split, path)` reads the items of "train" or "test"; `grade(text, item)` scores one reply.
+    """A benchmark.
 
-    `grade` returns fractions in [0, 1] and always has the key "exact". `parse(text, item)` is the canonical answer a
-    reply gives, None if it gives none; two replies with the same value agree. `family` says how wrong replies are made
-    for it.
+    `make(row, position, form)` builds the item of a row; `position` is the row's place among those that `skip`, which
+    gives a reason or None, lets pass. `grade(text, item)` scores a reply: fractions in [0, 1], always with the key
+    "exact". `parse(text, item)` is the canonical answer a reply gives, None if it gives none; two replies with the same
+    value agree. `train` and `test` are the splits read where the configuration names none; a task without `train` is
+    for evaluation only. `answers` are the forms of reply it can ask for. `family` says how wrong replies are made.
+    `embedded(split)` is the package's own file. `sound_gold`: a gold reply must be graded as right, else its item is
+    not trained on.
     """
 
     name: str
-    load: Callable[[str, Path | None], list[Item]]
+    make: Callable[[Row, int, Form], Item]
     grade: Callable[[str, Item], dict[str, float]]
     parse: Callable[[str, Item], str | None] = lambda text, item: whole_text(text)
     family: Family = "text"
+    source: Source | None = None
+    train: str | None = "train"
+    test: str = "test"
+    answers: tuple[str, ...] = ("free",)
+    skip: Callable[[Row], str | None] = lambda row: None
+    embedded: Callable[[str], Path] | None = None
+    sound_gold: bool = True
+
+
+def identity(item: Item) -> str:
+    """What two items have in common exactly if they ask the same: case and white space do not count."""
+    return whole_text(item.same or item.question or item.prompt) or ""

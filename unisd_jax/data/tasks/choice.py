@@ -1,15 +1,15 @@
-"""What multiple-choice benchmarks share: seeded order of the options, one form of prompt and reply, a strict parser."""
+"""What multiple-choice benchmarks share: seeded order of the options, one form of prompt and reply, strict parsers."""
 
+import json
 import random
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from unisd_jax.data.tasks.base import Item
-from unisd_jax.data.tasks.jsonl import Row
-from unisd_jax.errors import UserError
+from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks.base import Form, Item
 
-SEED = 42
+ANSWERS = ("free", "letter", "json")
 
 _STATEMENT = re.compile(
     r"""^[\s>\#*_`-]*              # quote, heading, bullet or bold marks
@@ -21,6 +21,7 @@ _STATEMENT = re.compile(
 _PUNCTUATION = " .,:;-–—*_`()[]<>\"'"
 # What follows the letter names another one: "or B", ", B", "/ B".
 _ALTERNATIVE = re.compile(r"\W*((?i:or|and)\b|[,/&|-])\W*[A-Z]\b")
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
 
 
 def make_item(
@@ -29,55 +30,82 @@ def make_item(
     choices: Sequence[str],
     gold: int,
     position: int,
+    form: Form,
     *,
-    context: str = "",
+    lecture: str = "",
+    hint: str = "",
     explanation: str = "",
     **more: object,
 ) -> Item:
-    """The item of a question whose right choice is `choices[gold]`; `position` is its place in the upstream split.
+    """The item of a question whose right choice is `choices[gold]`; `position` is its place in the published split.
 
-    The letters A, B, ... go to the choices in an order drawn from the position alone; `details` holds the options in
-    that order and whatever else is given.
+    The letters A, B, ... go to the choices in an order drawn from `form.option_seed` and the position alone. The
+    lecture is background and the hint a part of the question; both are shown if `form` says so.
     """
-    order = shuffled(len(choices), position)
+    order = shuffled(len(choices), form.option_seed + position)
     options = [choices[index].strip() for index in order]
     letter = ascii_uppercase[order.index(gold)]
-    reasoning = " ".join(explanation.split())
-    completion = f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else f"Answer: {letter}"
-    details = {"options": options, **more}
-    return Item(identifier, make_prompt(question, options, context), completion, letter, details=details)
+    passage = hint if form.hint else ""
+    asked = _asked(question, options, passage)
+    prompt = make_prompt(question, options, form, passage=passage, lecture=lecture if form.lecture else "")
+    completion = gold_reply(letter, " ".join(explanation.split()), form)
+    details = {"options": options, "format": form.answer, **more}
+    same = "\n".join([question, passage, *sorted(options)])
+    return Item(identifier, prompt, completion, letter, details=details, question=asked, same=same)
 
 
-def shuffled(count: int, position: int) -> list[int]:
-    """The order of `count` options for the row at `position`; Python's own generator, so that it is the reference's."""
+def shuffled(count: int, seed: int) -> list[int]:
+    """The order of `count` options; Python's own generator, so that it is the release's (spec 1.2)."""
     order = list(range(count))
-    random.Random(SEED + position).shuffle(order)
+    random.Random(seed).shuffle(order)
     return order
 
 
-def make_prompt(question: str, options: Sequence[str], context: str = "") -> str:
-    """The user message: question, context if there is any, lettered options, and the form of the reply."""
-    letters = ascii_uppercase[: len(options)]
-    named = f"{', '.join(letters[:-1])} or {letters[-1]}"
+def make_prompt(question: str, options: Sequence[str], form: Form, *, passage: str = "", lecture: str = "") -> str:
+    """The user message: background, question, lettered options, and the form of the reply."""
     parts = [
         "Answer this multiple-choice question. Exactly one option is right.",
-        f"Question: {question.strip()}",
-        *([f"Context: {context.strip()}"] if context.strip() else []),
-        "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)),
-        "Reason briefly, in three sentences at most, and end with the letter of the right option. "
-        "Reply in this form and write nothing after it:\n"
-        f"Reasoning: <your reasoning>\nAnswer: <{named}>",
+        *([f"Background: {lecture.strip()}"] if lecture.strip() else []),
+        _asked(question, options, passage),
+        _instruction(ascii_uppercase[: len(options)], form),
     ]
     return "\n\n".join(parts)
 
 
+def gold_reply(letter: str, reasoning: str, form: Form) -> str:
+    """The right reply in the form that the prompt asks for, and so the demonstration too.
+
+    Where there is no explanation it has no reasoning. The release always demonstrates in the free form, and with the
+    bare letter where there is no explanation (its defects A12 and A13): `form.as_released`.
+    """
+    if form.as_released:
+        return f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else letter
+    if form.answer == "letter":
+        return letter
+    if not form.reasoning:
+        reasoning = ""
+    if form.answer == "json":
+        return json.dumps(({"reasoning": reasoning} if reasoning else {}) | {"answer": letter}, ensure_ascii=False)
+    return f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else f"Answer: {letter}"
+
+
 def parse(text: str, item: Item) -> str | None:
-    """The letter that the reply's last line of the form `Answer: X` states; None without one or if X is no option.
+    """The letter that a reply states in the form it was asked for; None without one or if it is no option."""
+    letters = ascii_uppercase[: len(item.details["options"])]
+    if item.details["format"] == "letter":
+        letter = text.strip(" \n\t.()[]*`\"'").upper()
+        return letter if len(letter) == 1 and letter in letters else None
+    if item.details["format"] == "json":
+        return _json_letter(text, letters)
+    return stated_letter(text, item.details["options"])
+
+
+def stated_letter(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the reply's last line of the form `Answer: X`.
 
     Markdown around the line and the letter is accepted, and after the letter punctuation or the option's own text. A
     word that begins with a letter or follows one ("A student") states nothing; two letters ("A or B") are no answer.
     """
-    options = item.details["options"]
     for line in reversed(text.splitlines()):
         statement = _STATEMENT.match(line)
         if not statement:
@@ -94,21 +122,14 @@ def parse(text: str, item: Item) -> str | None:
 
 
 def grade(text: str, item: Item) -> dict[str, float]:
-    """`exact`: the reply states the right letter; `form`: it states one at all, see `parse`."""
-    letter = parse(text, item)
-    return {"exact": float(letter == item.answer), "form": float(letter is not None)}
+    """`exact`: the reply states the right letter; `form`: it states one at all, see `parse`.
 
-
-def position_of(row: Row, number: int) -> int:
-    """The row's place in the upstream split: its `upstream_index`, or `number` where the file does not say.
-
-    Raises:
-      UserError: the field is not a whole number from 0.
+    Some rows repeat an option: each letter with the text of the right one is right.
     """
-    position = row.value("upstream_index", int) if row.fields.get("upstream_index") is not None else number
-    if position < 0:
-        raise UserError(f"{row.where}: field 'upstream_index' is {position}, expected a number from 0")
-    return position
+    letter, options = parse(text, item), item.details["options"]
+    gold = options[ascii_uppercase.index(item.answer)]
+    right = letter is not None and options[ascii_uppercase.index(letter)] == gold
+    return {"exact": float(right), "form": float(letter is not None)}
 
 
 def choices_of(row: Row) -> list[str]:
@@ -119,5 +140,40 @@ def choices_of(row: Row) -> list[str]:
     """
     choices = row.texts("choices", at_least=2)
     if len(choices) > len(ascii_uppercase):
-        raise UserError(f"{row.where}: field 'choices' has {len(choices)} entries, expected at most 26: one a letter")
+        raise row.wrong("choices", f"a list of {len(choices)} entries", "at most 26: one a letter")
     return choices
+
+
+def _asked(question: str, options: Sequence[str], passage: str) -> str:
+    """The question with what belongs to it, as the prompt shows it and as other items are shown it."""
+    lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+    parts = [*([f"Context: {passage.strip()}"] if passage.strip() else []), f"Question: {question.strip()}", lettered]
+    return "\n\n".join(parts)
+
+
+def _instruction(letters: str, form: Form) -> str:
+    named = f"{', '.join(letters[:-1])} or {letters[-1]}"
+    if form.answer == "letter":
+        return f"Reply with the letter of the right option and nothing else: {named}."
+    if form.answer == "json":
+        shape = {"reasoning": "<your reasoning>"} if form.reasoning else {}
+        think = "Reason in three sentences at most. " if form.reasoning else ""
+        return f"{think}Reply with JSON of this form and nothing else:\n{json.dumps(shape | {'answer': f'<{named}>'})}"
+    if not form.reasoning:
+        return f"Reply with the letter of the right option in this form and write nothing else:\nAnswer: <{named}>"
+    return (
+        "Reason briefly, in three sentences at most, and end with the letter of the right option. "
+        f"Reply in this form and write nothing after it:\nReasoning: <your reasoning>\nAnswer: <{named}>"
+    )
+
+
+def _json_letter(text: str, letters: str) -> str | None:
+    """The `answer` of a reply that is a JSON object, or whose only fenced block is one."""
+    blocks = _FENCED.findall(text)
+    try:
+        value = json.loads(blocks[0] if len(blocks) == 1 else text)
+    except (ValueError, RecursionError):
+        return None
+    letter = value.get("answer") if isinstance(value, dict) else None
+    letter = letter.strip().upper() if isinstance(letter, str) else ""
+    return letter if len(letter) == 1 and letter in letters else None

@@ -1,31 +1,36 @@
 """CoS-E v1.11: common-sense questions with five options, each with a person's explanation (Rajani et al. 2019)."""
 
-from pathlib import Path
-
-from unisd_jax.data.tasks import choice, jsonl
-from unisd_jax.data.tasks.base import Item, Task
-from unisd_jax.errors import UserError
+from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 
-def load(split: str, path: Path | None) -> list[Item]:
-    """The items of a file of the hub's rows: `id`, `question`, `choices`, `answer`, `abstractive_explanation`.
+def make(row: Row, position: int, form: Form) -> Item:
+    """The item of a hub's row: `id`, `question`, `choices`, `answer` (a text), `abstractive_explanation`.
 
     Raises:
-      ConfigError: no file was given.
-      UserError: the file or a row is malformed; the message names file, line and field.
+      UserError: a field is not as it should be; the message names file, line and field.
     """
-    rows = jsonl.read_rows("cos_e", split, path)
-    return jsonl.distinct((row, _item(row, choice.position_of(row, number))) for number, row in enumerate(rows))
-
-
-def _item(row: jsonl.Row, position: int) -> Item:
     choices, answer = choice.choices_of(row), row.text("answer")
     if answer not in choices:
-        raise UserError(f"{row.where}: field 'answer' is {answer!r}, expected one of the texts in 'choices'")
-    # Some rows repeat a choice: the first occurrence is the right one, as in the reference.
-    gold = choices.index(answer)
+        raise row.wrong("answer", repr(answer), "one of the texts in 'choices'")
     explanation = row.optional_text("abstractive_explanation")
-    return choice.make_item(row.text("id"), row.text("question"), choices, gold, position, explanation=explanation)
+    # Some rows repeat a choice: the first occurrence is the right one, as in the release.
+    gold, question = choices.index(answer), row.text("question")
+    return choice.make_item(
+        row.text("id"), question, choices, gold, row.position(position), form, explanation=explanation
+    )
 
 
-TASK = Task("cos_e", load, choice.grade, choice.parse, "choice")
+SOURCE = Source(
+    "Salesforce/cos_e",
+    "f01396594b768e0026841176bf770afe58b82fba",
+    {"v1.11/train": 9741, "v1.11/validation": 1221, "v1.0/train": 7610, "v1.0/validation": 950},
+    {"v1.11": ("cos_e", "v1.11"), "v1.0": ("cos_e_v1_0", "v1.0")},
+    {"v1.11/train": "cos_e:0.0.1/train", "v1.11/validation": "cos_e:0.0.1/validation"},
+)
+# There is no test split with explanations.
+TASK = Task(
+    "cos_e", make, choice.grade, choice.parse, "choice",
+    source=SOURCE, train="v1.11/train", test="v1.11/validation", answers=choice.ANSWERS,
+)  # fmt: skip

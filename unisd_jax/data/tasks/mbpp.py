@@ -7,44 +7,50 @@ import ast
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-from unisd_jax.data.tasks import jsonl
-from unisd_jax.data.tasks.base import Item, Task
-from unisd_jax.errors import UserError
+from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks import code_reply
+from unisd_jax.data.tasks.base import Form, Item, Source, Task
 from unisd_jax.sandbox import run_python
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-# A block begins and ends at the start of a line; a reply that was cut off has no end.
-_FENCE = re.compile(r"^(?P<indent>[ \t]*)```[^\n`]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 
-
-def load(split: str, path: Path | None) -> list[Item]:
-    """The items of a file of the hub's rows: `task_id`, `text` or `prompt`, `code`, `test_list` and optional set-up.
+def make(row: Row, position: int, form: Form) -> Item:
+    """The item of a hub's row: `task_id`, `text` or `prompt`, `code`, `test_list` and optional set-up.
 
     Raises:
-      ConfigError: no file was given.
-      UserError: the file or a row is malformed; the message names file, line and field.
+      UserError: a field is not as it should be; the message names file, line and field.
     """
-    rows = jsonl.read_rows("mbpp", split, path)
-    return jsonl.distinct((row, _item(row)) for row in rows)
+    tests = [_unix(test) for test in row.texts("test_list", at_least=1)]
+    code, setup = _unix(row.text("code")), _setup(row)
+    tree, test_trees = _python(row, "code", code), [_python(row, "test_list", test) for test in tests]
+    function = tested_function(tree, test_trees)
+    if function is None:
+        raise row.wrong("code", "without a function at its top level", "one that defines the tested function")
+    shown = next(node for node in tree.body if isinstance(node, Function)) if form.as_released else function
+    problem = _unix(row.text("prompt" if "prompt" in row.fields else "text"))
+    return Item(
+        f"mbpp-{row.value('task_id', int)}",
+        _prompt(problem, shown, setup, tests),
+        f"```python\n{_renamed(code, tests) if form.as_released else code}\n```",
+        code,
+        details={"tests": tests, "setup": setup, "name": function.name},
+        question=f"{problem}\n\nThe function is called {function.name}.",
+        same=problem,
+    )
 
 
 def grade(text: str, item: Item) -> dict[str, float]:
     """`exact`: the reply's code passes the tests in the sandbox; `form`: the reply has a fenced block."""
     code = parse(text, item)
     passed = code is not None and run_python(program(code, item)).kind == "pass"
-    return {"exact": float(passed), "form": float(_FENCE.search(text) is not None)}
+    return {"exact": float(passed), "form": float(code_reply.FENCE.search(text) is not None)}
 
 
 def parse(text: str, item: Item) -> str | None:
-    """The code of the reply: its first fenced block, else all of it if that is Python; None if there is neither."""
-    fence = _FENCE.search(text)
-    # A block inside a list is indented as a whole.
-    code = re.sub(f"^{fence['indent']}", "", fence["code"], flags=re.MULTILINE) if fence else text
-    code = code.rstrip().strip("\n")
-    return code if code and (fence or _tree(code) is not None) else None
+    """The code of the reply, see `code_reply.extract`."""
+    return code_reply.extract(text)
 
 
 def program(code: str, item: Item) -> str:
@@ -65,25 +71,10 @@ def tested_function(code: ast.Module, tests: Sequence[ast.Module]) -> Function |
     return list(functions.values())[-1] if functions else None
 
 
-def _item(row: jsonl.Row) -> Item:
-    tests = [_unix(test) for test in row.texts("test_list", at_least=1)]
-    code, setup = _unix(row.text("code")), _setup(row)
-    function = tested_function(_python(row, "code", code), [_python(row, "test_list", test) for test in tests])
-    if function is None:
-        raise UserError(f"{row.where}: field 'code' defines no function at its top level, expected the tested one")
-    return Item(
-        f"mbpp-{row.value('task_id', int)}",
-        _prompt(row.text("prompt" if "prompt" in row.fields else "text"), function, setup, tests),
-        f"```python\n{code}\n```",
-        code,
-        details={"tests": tests, "setup": setup, "name": function.name},
-    )
-
-
 def _prompt(problem: str, function: Function, setup: str, tests: Sequence[str]) -> str:
     keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
     parts = [
-        _unix(problem),
+        problem,
         f"Define it with this signature:\n{keyword} {function.name}({ast.unparse(function.args)}):",
         "These tests, run after your code, must pass:\n" + "\n".join([*([setup] if setup else []), *tests]),
         "Reply with one fenced block, opened by ```python and closed by ```, that holds the complete solution with "
@@ -92,25 +83,40 @@ def _prompt(problem: str, function: Function, setup: str, tests: Sequence[str]) 
     return "\n\n".join(parts)
 
 
-def _setup(row: jsonl.Row) -> str:
+def _renamed(code: str, tests: Sequence[str]) -> str:
+    """The demonstration as the release repairs it (spec 1.3, A1): the first `def` gets the name that is tested.
+
+    Its calls keep the old name, and a class's `__init__` may be what is renamed: broken code, for comparison only.
+    """
+    first, tested = re.search(r"\bdef\s+(\w+)\s*\(", code), _released_name(tests)
+    if first is None or tested is None:
+        return code
+    return code[: first.start(1)] + tested + code[first.end(1) :]
+
+
+def _released_name(tests: Sequence[str]) -> str | None:
+    known = "math set sorted len list tuple str int float type isinstance round max min".split()
+    for test in tests:
+        outer, inner = re.match(r"assert\s+(\w+)\s*\(", test), re.match(r"assert\s+[\w.]+\(\s*(\w+)\s*\(", test)
+        if outer and outer[1] not in known:
+            return outer[1]
+        if inner:
+            return inner[1]
+    return None
+
+
+def _setup(row: Row) -> str:
     """`test_imports`, a list, in the sanitized version; `test_setup_code`, a string, in the full one."""
     lines = row.texts("test_imports") if row.fields.get("test_imports") is not None else []
     return "\n".join(filter(None, [*map(_unix, lines), _unix(row.optional_text("test_setup_code"))]))
 
 
-def _python(row: jsonl.Row, field: str, source: str) -> ast.Module:
-    tree = _tree(source)
-    if tree is None:
-        raise UserError(f"{row.where}: field {field!r} is not Python: {source[:60]!r}")
-    return tree
-
-
-def _tree(source: str) -> ast.Module | None:
+def _python(row: Row, field: str, source: str) -> ast.Module:
     try:
         with warnings.catch_warnings(action="ignore"):  # of doubtful escapes in other people's strings
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        raise row.wrong(field, f"not Python ({source[:60]!r})", "code that can be parsed") from None
 
 
 def _unix(text: str) -> str:
@@ -118,4 +124,14 @@ def _unix(text: str) -> str:
     return text.replace("\r\n", "\n").strip("\n").rstrip()
 
 
-TASK = Task("mbpp", load, grade, parse, "code")
+# The published protocol (spec A2): trained on the full version, tested on the sanitized one.
+SOURCE = Source(
+    "google-research-datasets/mbpp",
+    "4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+    {
+        "full/train": 374, "full/validation": 90, "full/test": 500, "full/prompt": 10,
+        "sanitized/train": 120, "sanitized/validation": 43, "sanitized/test": 257, "sanitized/prompt": 7,
+    },
+    {"full": ("mbpp", "full"), "sanitized": ("mbpp_sanitized", "sanitized")},
+)  # fmt: skip
+TASK = Task("mbpp", make, grade, parse, "code", source=SOURCE, train="full/train", test="sanitized/test")

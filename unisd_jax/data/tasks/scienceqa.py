@@ -1,49 +1,43 @@
 """ScienceQA, the questions without an image: school science with a lecture and a worked solution (Lu et al. 2022)."""
 
-from pathlib import Path
-
-from unisd_jax.data.tasks import choice, jsonl
-from unisd_jax.data.tasks.base import Item, Task
-from unisd_jax.errors import UserError
+from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 
-def load(split: str, path: Path | None) -> list[Item]:
-    """The items of a file of the hub's rows: `question`, `choices`, `answer` (an index), `lecture`, `solution`.
+def make(row: Row, position: int, form: Form) -> Item:
+    """The item of a hub's row: `question`, `choices`, `answer` (an index), `hint`, `lecture`, `solution`.
 
-    Rows with an image are left out, since no model here sees it; positions count the rows that are left. The lecture is
-    the context of the question. The hint is not shown, as in the reference, although some questions refer to it; it
-    stands in `details`.
+    The lecture is background. The hint is the passage that some questions are about: shown, unlike in the release (its
+    defect A6), unless `form.hint` is off.
 
     Raises:
-      ConfigError: no file was given.
-      UserError: the file or a row is malformed, or every row has an image; the message names file, line and field.
+      UserError: a field is not as it should be; the message names file, line and field.
     """
-    rows = [row for row in jsonl.read_rows("scienceqa", split, path) if not _has_image(row)]
-    if not rows:
-        raise UserError(f"{path} holds only questions with an image, expected some without: see data.{split}_path")
-    return jsonl.distinct((row, _item(row, split, choice.position_of(row, number))) for number, row in enumerate(rows))
-
-
-def _has_image(row: jsonl.Row) -> bool:
-    return row.fields.get("has_image") is True or row.fields.get("image") is not None
-
-
-def _item(row: jsonl.Row, split: str, position: int) -> Item:
     choices, gold = choice.choices_of(row), row.value("answer", int)
     if not 0 <= gold < len(choices):
-        raise UserError(f"{row.where}: field 'answer' is {gold}, expected an index into the {len(choices)} choices")
+        raise row.wrong("answer", str(gold), f"an index into the {len(choices)} choices")
+    place = row.position(position)
     # The hub's rows carry no id: the problem number of the original file where it is given, else the place.
     number = row.optional_text("pid")
     return choice.make_item(
-        f"scienceqa-{number}" if number else f"scienceqa-{split}-{position}",
-        row.text("question"),
-        choices,
-        gold,
-        position,
-        context=row.optional_text("lecture"),
-        explanation=row.optional_text("solution"),
+        f"scienceqa-{number}" if number else f"scienceqa-at-{place}",
+        row.text("question"), choices, gold, place, form,
+        lecture=row.optional_text("lecture"),
         hint=row.optional_text("hint"),
-    )
+        explanation=row.optional_text("solution"),
+    )  # fmt: skip
 
 
-TASK = Task("scienceqa", load, choice.grade, choice.parse, "choice")
+def skip(row: Row) -> str | None:
+    """No model here sees an image; positions count the rows that are left, as in the release."""
+    return "with an image" if row.fields.get("has_image") is True or row.fields.get("image") is not None else None
+
+
+SOURCE = Source(
+    "derek-thomas/ScienceQA",
+    "f18b0a70359ebfb41f658fd564208d0355b013f4",
+    {"train": 12726, "validation": 4241, "test": 4241},
+    {"": ("scienceqa",)},
+)
+TASK = Task("scienceqa", make, choice.grade, choice.parse, "choice", source=SOURCE, skip=skip, answers=choice.ANSWERS)

@@ -8,8 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from unisd_jax.data.tasks import jsonl
-from unisd_jax.data.tasks.base import Item, Task, whole_text
+from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks.base import Form, Item, Task, whole_text
 from unisd_jax.errors import ConfigError
 
 FORM = 'Reply only with JSON: {"answer": "___"}'
@@ -26,15 +26,16 @@ def embedded_path(split: str) -> Path:
     return Path(__file__).with_name(f"short_answers_{split}.jsonl")
 
 
-def load(split: str, path: Path | None) -> list[Item]:
-    """The items of the embedded split, or of a file of the same format: `question`, `answer` and optionally `id`.
+def make(row: Row, position: int, form: Form) -> Item:
+    """The item of a row with `question`, `answer` and optionally `id`.
 
     Raises:
-      ConfigError: `split` is not "train" or "test" and no file was given.
-      UserError: the file is missing or malformed; the message names file and line.
+      UserError: a field is not as it should be; the message names file, line and field.
     """
-    records = jsonl.read_records(embedded_path(split) if path is None else Path(path), ("question", "answer"))
-    return [_item(fields) for _, fields in records]
+    question, answer = row.text("question"), row.text("answer")
+    identifier = row.text("id") if row.fields.get("id") is not None else f"line-{row.where.rpartition(' ')[2]}"
+    completion = json.dumps({"answer": answer}, ensure_ascii=False)
+    return Item(identifier, f"{question} {FORM}", completion, answer, question=question)
 
 
 def grade(text: str, item: Item) -> dict[str, float]:
@@ -56,11 +57,6 @@ def parse(text: str, item: Item) -> str | None:
     return whole_text(_parse_form(text) or text)
 
 
-def _item(fields: dict[str, str]) -> Item:
-    completion = json.dumps({"answer": fields["answer"]}, ensure_ascii=False)
-    return Item(fields["id"], f"{fields['question']} {FORM}", completion, fields["answer"])
-
-
 def _parse_form(text: str) -> str | None:
     """The answer inside a reply that is exactly the form, else None."""
     try:
@@ -74,4 +70,4 @@ def _parse_form(text: str) -> str | None:
     return given if key == "answer" and isinstance(given, str) else None
 
 
-TASK = Task("short_answers", load, grade, parse)
+TASK = Task("short_answers", make, grade, parse, embedded=embedded_path)
