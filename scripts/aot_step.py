@@ -78,7 +78,8 @@ def step_and_arguments(case: dict[str, Any], overrides: list[str], devices: list
     from jax.sharding import Mesh
 
     from unisd_jax.config import load_config
-    from unisd_jax.experiment import configured_model, step_settings
+    from unisd_jax.experiment import step_settings
+    from unisd_jax.inputs import configured_model
     from unisd_jax.models import Model, ModelConfig, init_lora
     from unisd_jax.models.layout import VOCAB, tree_shardings
     from unisd_jax.optim import adamw

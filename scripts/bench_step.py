@@ -27,7 +27,8 @@ import numpy as np
 from aot_step import MODELS
 
 from unisd_jax.config import Config, load_config
-from unisd_jax.experiment import configured_model, step_settings
+from unisd_jax.experiment import step_settings
+from unisd_jax.inputs import configured_model
 from unisd_jax.io import write_json_atomic
 from unisd_jax.losses import loss_mask
 from unisd_jax.models import Model, ModelConfig, init_lora, merge

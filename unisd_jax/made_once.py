@@ -42,6 +42,10 @@ class NotPrepared(UserError):
     """A view needs what is still to be made, and nothing may be written."""
 
 
+class Paused(Exception):
+    """As many records were made as were asked for; the next call goes on."""
+
+
 def sound_items(config: Config, task: Task, items: Sequence[Item], *, read_only: bool = False) -> list[Item]:
     """The items whose gold reply the task itself grades as right; a line says which are left out.
 
@@ -78,7 +82,13 @@ def sound_items(config: Config, task: Task, items: Sequence[Item], *, read_only:
 
 
 def induced_instructions(
-    config: Config, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
+    config: Config,
+    items: Sequence[Item],
+    chat: Chat,
+    load_sampler: LoadSampler,
+    *,
+    read_only: bool = False,
+    limit: int | None = None,
 ) -> list[str]:
     """What the initial model induces from groups of training items; read from the cache where that has it."""
     options = config.teacher.contexts
@@ -91,7 +101,7 @@ def induced_instructions(
         "temperature": options.induction_temperature,
         "max_length": options.induction_max_length,
     }
-    with _cache(config, "induction", key, total=len(groups), read_only=read_only) as (cache, advance):
+    with _cache(config, "induction", key, total=len(groups), read_only=read_only, limit=limit) as (cache, advance):
         sampling = (options.induction_temperature, options.induction_max_length)
         found = induce(
             [item.prompt for item in items], [item.completion for item in items], per_set=per_set, instructions=number,
@@ -102,18 +112,26 @@ def induced_instructions(
 
 
 def item_negatives(
-    config: Config, task: Task, items: Sequence[Item], chat: Chat, load_sampler: LoadSampler, *, read_only: bool = False
+    config: Config,
+    task: Task,
+    items: Sequence[Item],
+    chat: Chat,
+    load_sampler: LoadSampler,
+    *,
+    read_only: bool = False,
+    limit: int | None = None,
 ) -> list[str | None]:
     """One wrong reply of every item, drawn by the seed from those that the task grades as wrong; None where none is.
 
     Raises:
+      Paused: `limit` more items have theirs, and not all do.
       UserError: fewer items than `teacher.negatives.min_coverage` have one.
     """
     options = config.teacher.negatives
     if options.source == "data":
         found = [[item.negative] if item.negative and _is_wrong(task, item, item.negative) else [] for item in items]
     else:
-        found = _made_negatives(config, task, items, chat, load_sampler, read_only)
+        found = _made_negatives(config, task, items, chat, load_sampler, read_only, limit)
     require_coverage(found, options.min_coverage)
     return [
         random.Random(f"{config.seed}/negative/{item.id}").choice(replies) if replies else None
@@ -127,7 +145,7 @@ def question(item: Item) -> str:
 
 
 def _made_negatives(
-    config: Config, task: Task, items, chat: Chat, load_sampler: LoadSampler, read_only: bool
+    config: Config, task: Task, items, chat: Chat, load_sampler: LoadSampler, read_only: bool, limit: int | None
 ) -> list[list[str]]:
     options = config.teacher.negatives
     problems = [
@@ -143,7 +161,7 @@ def _made_negatives(
     def is_wrong(index: int, text: str) -> bool:
         return _is_wrong(task, items[index], text)
 
-    with _cache(config, "negatives", key, total=len(items), read_only=read_only) as (cache, advance):
+    with _cache(config, "negatives", key, total=len(items), read_only=read_only, limit=limit) as (cache, advance):
         if cache.complete:
             return [cache.records[item.id] for item in items]
         if by_model:
@@ -190,9 +208,12 @@ def _cache_key(config: Config, items: Sequence[Item], chat: Chat | None) -> dict
 
 @contextmanager
 def _cache(
-    config: Config, kind: str, key: dict[str, Any], *, total: int, read_only: bool
+    config: Config, kind: str, key: dict[str, Any], *, total: int, read_only: bool, limit: int | None = None
 ) -> Iterator[tuple[RecordCache, Any]]:
-    """The cache of `key` and a function that adds records to it and moves a progress bar; sealed at the end."""
+    """The cache of `key` and a function that adds records to it and moves a progress bar; sealed at the end.
+
+    The function raises `Paused` when it has added `limit` records and more are missing.
+    """
     root = Path(config.teacher.cache_dir)
     if read_only and not is_complete(root, kind, key):
         raise NotPrepared(f"{kind} for {config.data.task} are still to be made ({total} records in {root})")
@@ -205,6 +226,7 @@ def _cache(
         print(f"making {kind} for {config.data.task}: {len(cache.records)} of {total} are there{why}", flush=True)
         console = Console()
         columns = TextColumn(kind), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        until = total if limit is None else min(total, len(cache.records) + limit)
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(kind, total=total, completed=len(cache.records))
 
@@ -213,6 +235,8 @@ def _cache(
                 progress.update(bar, completed=len(cache.records))
                 if not console.is_terminal:
                     print(f"{kind}: {len(cache.records)}/{total}", flush=True)
+                if until <= len(cache.records) < total:
+                    raise Paused(f"{kind}: {len(cache.records)} of {total} are there; the same command goes on")
 
             yield cache, advance
         cache.finish()

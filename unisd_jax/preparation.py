@@ -81,7 +81,8 @@ def shared_views(
         def refuse():
             raise NotPrepared(
                 "what the model writes for the teacher's views is not there yet, and a run of several processes does "
-                "not make it: run scripts/prepare_teacher.py with this configuration in one process first"
+                "not make it: run scripts/prepare_contexts.py and scripts/prepare_negatives.py with this configuration "
+                "in one process first"
             )
 
         load_sampler = refuse

@@ -38,11 +38,11 @@ from unisd_jax.guards import check_metrics, check_weights
 from unisd_jax.inert import InertMechanisms
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
+from unisd_jax.made_once import NotPrepared
 from unisd_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from unisd_jax.models import Lora, save_hf, save_peft
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
-from unisd_jax.preparation import NotPrepared
 from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
@@ -310,7 +310,7 @@ def dry_run(config: Config) -> None:
     try:
         experiment = build(config, read_only=True)
     except NotPrepared as missing:
-        print(f"{missing}: training makes them first, and so does scripts/prepare_teacher.py; nothing was run")
+        print(f"{missing}: training makes them first, and so do the scripts prepare_*.py; nothing was run")
         return
     training_batches(experiment)
     state = new_state(experiment)

@@ -36,8 +36,10 @@ ALLOWED = {
     "head_pass": MACHINERY | {"teacher"},
     "step": MACHINERY | {"teacher", "parallel", "head_pass"},
     "eval": MACHINERY | {"data", "rollout", "sandbox", "parallel"},
-    "preparation": PARTS,
-    "experiment": PARTS | {"preparation"},
+    "made_once": PARTS,
+    "preparation": PARTS | {"made_once"},
+    "inputs": PARTS | {"preparation"},
+    "experiment": PARTS | {"inputs", "preparation"},
     "collection": PARTS | {"experiment"},
     "inert": set(),
     "provenance": set(),
@@ -46,13 +48,13 @@ ALLOWED = {
     "results": PARTS | {"experiment"},
     "programs": PARTS | {"experiment"},
     "guards": PARTS,
-    "train": PARTS | {"collection", "experiment", "guards", "inert", "interrupt", "preparation", "programs", "results"},
+    "train": PARTS | {"collection", "experiment", "guards", "inert", "interrupt", "made_once", "programs", "results"},
     "evaluate": PARTS | {"experiment", "interrupt", "results"},
 }
 # Modules that were split off another one for length.
 PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}
 
-FOREIGN = {"torch", "vllm", "wandb", "datasets", "sentence_transformers", "bm25s"}
+FOREIGN = {"torch", "vllm", "wandb", "datasets", "sentence_transformers", "bm25s", "tensorflow_datasets", "pyarrow"}
 
 
 def sources(root: Path, *folders: str) -> dict[Path, str]:

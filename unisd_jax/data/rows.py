@@ -79,7 +79,7 @@ class Row(NamedTuple):
         """
         position = self.value("upstream_index", int) if self.fields.get("upstream_index") is not None else number
         if position < 0:
-            raise self.wrong("upstream_index", str(position), "a number from 0")
+            raise self.wrong("upstream_index", shown(position), "a number from 0")
         return position
 
     def wrong(self, name: str, found: str, expected: str) -> UserError:
@@ -97,9 +97,16 @@ class Row(NamedTuple):
 _KINDS = {str: "string", int: "whole number", list: "list", dict: "object"}
 
 
-def listed(names: tuple[str, ...]) -> str:
-    """Names for a message."""
-    return ", ".join(repr(name) for name in names)
+def shown(value: object, longest: int = 60) -> str:
+    """A value for a message: as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def listed(names: tuple[str, ...], most: int = 12) -> str:
+    """Names for a message, the first `most` of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name, 30) for name in names[:most]) + more
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -73,7 +73,7 @@ def find_rows(task: Task, split: Split, place: Place, side: str) -> Found:
       UserError: they are not there, or cannot be read.
     """
     if place.file is not None:
-        return _with_size(task, split, read_rows(place.file), str(place.file))
+        return Found(read_rows(place.file), str(place.file), None)
     if place.path is not None:
         return _from_folder(task, split, place.path, side)
     if place.origin == "auto" and task.embedded is not None:

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from unisd_jax.data.rows import Row
+from unisd_jax.data.rows import Row, shown
 from unisd_jax.data.tasks import code_reply
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 from unisd_jax.sandbox import run_python
@@ -116,7 +116,7 @@ def _python(row: Row, field: str, source: str) -> ast.Module:
         with warnings.catch_warnings(action="ignore"):  # of doubtful escapes in other people's strings
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise row.wrong(field, f"not Python ({source[:60]!r})", "code that can be parsed") from None
+        raise row.wrong(field, f"not Python ({shown(source)})", "code that can be parsed") from None
 
 
 def _unix(text: str) -> str:

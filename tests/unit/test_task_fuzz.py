@@ -1,0 +1,393 @@
+"""Damaged rows and files: each is read rightly, which is worked out anew here, or refused in a line that says where."""
+
+import ast
+import copy
+import json
+import re
+from decimal import Decimal
+from string import ascii_uppercase
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from task_rows import DATA, MBPP_SANITIZED, ROWS, write
+
+from unisd_jax.data.loading import load_items
+from unisd_jax.data.rows import Row, read_rows
+from unisd_jax.data.sources import Place
+from unisd_jax.data.tasks import Form, get_task, tooluse
+from unisd_jax.data.tasks.base import identity
+from unisd_jax.errors import UserError
+
+CHECKS = settings(
+    max_examples=1000, deadline=None, report_multiple_bugs=False, suppress_health_check=[HealthCheck.too_slow]
+)  # fmt: skip
+LONGEST_MESSAGE = 600
+
+PLAIN = {"prompt": "What is 3 + 3?", "completion": "6"}
+TWO_CALLS = ROWS["tooluse"] | {
+    "golden_answer": [
+        {"Action": "forecast", "Action_Input": '{"city": "Oslo", "unit": "", "days": 1.0}'},
+        {"Action": "sendNote", "Action_Input": '{"to": "Léa", "tags": [], "when": {"hour": 7, "day": null}}'},
+    ],
+    "golden_response": [],
+}
+POOLS = {name: [row] for name, row in ROWS.items()}
+POOLS["mbpp"] = [ROWS["mbpp"], MBPP_SANITIZED]
+POOLS["jsonl"] = [ROWS["jsonl"], PLAIN]
+POOLS["tooluse"] = [ROWS["tooluse"], TWO_CALLS]
+PUBLISHED = {
+    "mbpp": ("mbpp/train", "mbpp_sanitized/test"),
+    "tooluse": ("tooluse/train_small",),
+    "scienceqa": ("scienceqa/test",),
+    "cos_e": ("cos_e/validation",),
+    "medmcqa": ("medmcqa/validation",),
+    "gsm8k": ("gsm8k/test",),
+    "humaneval": ("humaneval/test",),
+}
+for _name, _files in PUBLISHED.items():
+    for _path in (DATA / f"{_file}.jsonl.gz" for _file in _files):
+        if _path.exists():
+            POOLS[_name] += [dict(row.fields) for row in read_rows(_path)[::40][:5]]
+
+# --- damage ---
+
+DEEP = '{"a": ' + "[" * 400 + "]" * 400 + "}"
+TEXTS = (
+    "", " \n\t", "A", "E", "0", "-1", "####", "so\n#### 5", "#### 1,000.50", "#### five", "#### ٣٦", "#### -$7.00",
+    "#### 123456789012345678901234567890123456789.5", "water", "Answer: B", "```\nx\n```", "{", '{"city": "Oslo"',
+    "[1]", "{}", '{"x": NaN}', '{"x": "\\ud800"}', DEEP, "user", "robot", "system", "def f(x):\n    return x",
+    "def f(x=" + "-" * 900 + "1):\n    return x", "(" * 3000, "lambda: 0", "x" * 100_000, "é" * 100_000, "9" * 100_000,
+    "\ud800", "half \udfff character", "a\0b", "\u202eright to left", "e\u0301\u0301\u0301", "😀👩‍👩‍👧", "\ufeffmark",
+    "line\u2028separator\x85next\x1cfile", "carriage\rreturn\r\nboth", "\x7f\x1b[31m", "'quotes\"\\",
+)  # fmt: skip
+VALUES = (
+    None, 0, 1, 2, 3, 4, -1, 26, 99, 10**400, -(10**400), True, False, 0.0, 1.0, 0.5, float("nan"), float("inf"),
+    [], {}, [[]], [None], [1, "x"], ["x"], ["x", "y"], ["a"] * 27, {"a": [1]}, [{}], [{"role": "user"}],
+    [{"role": "user", "content": "x"}], [{"Action": "f", "Action_Input": "{}"}], *TEXTS,
+)  # fmt: skip
+
+
+def places(value, path=()):
+    """The path of everything inside a row."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(*path, key) for key, _ in inside] + [place for key, part in inside for place in places(part, (*path, key))]
+
+
+def drop(parent, key, number):
+    del parent[key]
+
+
+def another(number):
+    return copy.deepcopy(VALUES[number % len(VALUES)])  # further damage must not reach the table
+
+
+def put_another(parent, key, number):
+    parent[key] = another(number)
+
+
+def add_unknown(parent, key, number):
+    if isinstance(parent, dict):
+        parent[TEXTS[number % len(TEXTS)]] = another(number)
+    else:
+        parent.insert(key, another(number))
+
+
+def insert_text(parent, key, number):
+    if isinstance(text := parent[key], str):
+        at = 7 * number % (len(text) + 1)
+        parent[key] = text[:at] + TEXTS[number % len(TEXTS)] + text[at:]
+
+
+def cut_text(parent, key, number):
+    if isinstance(parent[key], str | list):
+        parent[key] = parent[key][: 7 * number % (len(parent[key]) + 1)]
+
+
+def change_look(parent, key, number):
+    if isinstance(text := parent[key], str):
+        parent[key] = (f" {text}\n", text.upper(), text.replace("#", ""), text[::-1], text * 300)[number % 5]
+
+
+def reorder(parent, key, number):
+    found = parent[key]
+    if isinstance(found, list):
+        turn = number % (len(found) + 1)
+        parent[key] = found[turn:] + found[:turn] if number % 2 else found + found[turn : turn + 1]
+
+
+def swap(parent, key, number):
+    others = list(parent) if isinstance(parent, dict) else range(len(parent))
+    other = others[number % len(others)]
+    parent[key], parent[other] = parent[other], parent[key]
+
+
+DAMAGE = (drop, put_another, put_another, add_unknown, insert_text, cut_text, change_look, reorder, swap)
+DAMAGES = st.lists(st.tuples(st.sampled_from(DAMAGE), st.integers(0, 999), st.integers(0, 999)), min_size=1, max_size=3)
+
+
+def damaged(row, damages):
+    row = copy.deepcopy(row)
+    for damage, place, number in damages:
+        if paths := places(row):
+            *parents, key = paths[place % len(paths)]
+            parent = row
+            for step in parents:
+                parent = parent[step]
+            damage(parent, key, number)
+    return row
+
+
+# --- what a row must become ---
+
+
+def stated(row, name):
+    """An optional text as it is shown."""
+    return (row.get(name) or "").strip()
+
+
+def choice_is_right(item, row, form, task, *, choices, gold, question, explanation="", lecture="", hint=""):
+    options = item.details["options"]
+    assert sorted(options) == sorted(text.strip() for text in choices)
+    assert options[ascii_uppercase.index(item.answer)] == gold.strip()
+    lettered = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False))
+    assert f"Question: {question.strip()}\n\n{lettered}\n\n" in item.prompt
+    if form.lecture and lecture:
+        assert f"Background: {lecture}\n\n" in item.prompt
+    if form.hint and hint:
+        assert f"Context: {hint}\n\n" in item.prompt
+    if form.as_released:
+        return
+    assert task.grade(item.completion, item) == {"exact": 1, "form": 1}
+    reasons = " ".join(explanation.split()) if form.reasoning and form.answer != "letter" else ""
+    if form.answer == "json":
+        expected = ({"reasoning": reasons} if reasons else {}) | {"answer": item.answer}
+        assert json.loads(item.completion) == expected
+    elif reasons:
+        assert item.completion == f"Reasoning: {reasons}\nAnswer: {item.answer}"
+    else:
+        assert item.completion in (item.answer, f"Answer: {item.answer}")
+
+
+def check_cos_e(item, row, form, task):
+    assert item.id == row["id"] and row["answer"] in row["choices"]
+    choice_is_right(
+        item, row, form, task, choices=row["choices"], gold=row["answer"], question=row["question"],
+        explanation=stated(row, "abstractive_explanation"),
+    )  # fmt: skip
+
+
+def check_scienceqa(item, row, form, task):
+    assert type(row["answer"]) is int and row["answer"] >= 0
+    choice_is_right(
+        item, row, form, task, choices=row["choices"], gold=row["choices"][row["answer"]], question=row["question"],
+        explanation=stated(row, "solution"), lecture=stated(row, "lecture"), hint=stated(row, "hint"),
+    )  # fmt: skip
+
+
+def check_medmcqa(item, row, form, task):
+    assert item.id == row["id"] and type(row["cop"]) is int
+    choice_is_right(
+        item, row, form, task, choices=[row[f"op{letter}"] for letter in "abcd"], gold=row["op" + "abcd"[row["cop"]]],
+        question=row["question"], explanation=stated(row, "exp"),
+    )  # fmt: skip
+
+
+def check_gpqa(item, row, form, task):
+    wrong = [row[f"Incorrect Answer {number}"] for number in (1, 2, 3)]
+    assert row["Correct Answer"].strip() not in [text.strip() for text in wrong]
+    choice_is_right(
+        item, row, form, task, choices=[row["Correct Answer"], *wrong], gold=row["Correct Answer"],
+        question=row["Question"], explanation=stated(row, "Explanation"),
+    )  # fmt: skip
+
+
+def check_gsm8k(item, row, form, task):
+    number = row["answer"].rpartition("####")[2].strip()
+    number = number.replace(",", "").replace("$", "").replace("−", "-").rstrip(".%")
+    assert Decimal(item.answer) == Decimal(number)
+    assert re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", item.answer)
+    assert f"Question: {row['question'].strip()}\n\n" in item.prompt
+    assert task.grade(item.completion, item) == {"exact": 1, "form": 1}
+    if form.answer == "json":
+        assert json.loads(item.completion)["answer"] == item.answer
+    else:
+        assert item.completion.splitlines()[-1] == f"#### {item.answer}"
+
+
+def unix(text):
+    return text.replace("\r\n", "\n").strip("\n").rstrip()
+
+
+def check_mbpp(item, row, form, task):
+    assert item.id == f"mbpp-{row['task_id']}" and item.answer == unix(row["code"])
+    assert item.details["tests"] == [unix(test) for test in row["test_list"]]
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    assert [line for line in item.details["setup"].split("\n") if line] == [
+        line for text in setup for line in unix(text.strip()).split("\n") if line
+    ]
+    functions = [
+        node.name for node in ast.parse(item.answer).body if isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef)
+    ]
+    assert item.details["name"] in functions
+    assert item.prompt.startswith(unix(row["prompt"] if "prompt" in row else row["text"]))
+    assert all(test in item.prompt for test in item.details["tests"])
+    if not form.as_released:
+        assert item.completion == f"```python\n{item.answer}\n```"
+        if "```" not in item.answer:
+            assert task.parse(item.completion, item) == item.answer
+
+
+def check_humaneval(item, row, form, task):
+    assert item.id == row["task_id"] and item.details["name"] == row["entry_point"].strip()
+    assert item.answer == (row["prompt"] + row["canonical_solution"]).strip("\n").rstrip()
+    assert item.details["test"] == row["test"] and row["prompt"].strip() in item.prompt
+    if "```" not in item.answer:
+        assert task.parse(item.completion, item) == item.answer
+
+
+def same_arguments(value):
+    """Numbers by value, text without outer white space."""
+    if isinstance(value, dict):
+        return {key: same_arguments(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [same_arguments(part) for part in value]
+    return value.strip() if isinstance(value, str) else value
+
+
+def check_tooluse(item, row, form, task):
+    expected = []
+    for call in row["golden_answer"]:
+        arguments = same_arguments(json.loads(call["Action_Input"]))
+        arguments = {key: value for key, value in arguments.items() if value is not None and value != ""}
+        expected.append({"Action": call["Action"].strip(), "Action_Input": arguments})
+    assert json.loads(item.answer) == expected
+    assert item.question == f"{row['name'].strip()}: {row['instruction'].strip()}"
+    if not (form.as_released and form.answer == "json" and len(expected) > 1):
+        assert task.grade(item.completion, item) == {"exact": 1, "form": 1, "action": 1, "arguments": 1}
+    if form.answer == "free":
+        assert item.prompt == row["prompt"]
+
+
+def check_jsonl(item, row, form, task):
+    reference = row["reference"] if "reference" in row else row["completion"]
+    assert item.completion == reference and item.answer == (row.get("answer") or reference)
+    assert item.negative == row.get("negative") and item.context == row.get("privileged_context")
+    chat = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+    said = [{"role": message["role"], "content": message["content"]} for message in chat]
+    assert [*item.earlier, {"role": "user", "content": item.prompt}] == said
+    assert {message["role"] for message in item.earlier} <= {"system", "user", "assistant"}
+    if item.answer == reference:
+        assert task.grade(item.completion, item) == {"exact": 1}
+
+
+def check_short_answers(item, row, form, task):
+    assert item.answer == row["answer"] and item.prompt.startswith(f"{row['question']} ")
+    assert task.grade(item.completion, item)["exact"] == 1
+
+
+def is_left_out(task, row):
+    """Whether a row is one of those that a task passes over."""
+    if task.name == "scienceqa":
+        return row.get("has_image") is True or row.get("image") is not None
+    if task.name != "tooluse":
+        return False
+    texts = [call["Action_Input"].strip() for call in row["golden_answer"]]
+    response = "\n".join(row["golden_response"]).strip()
+    calls = [(call["Action"].strip(), as_json(text)) for call, text in zip(row["golden_answer"], texts, strict=True)]
+    return None in (value for _, value in calls) or (response and tooluse.react_calls(response) != calls)
+
+
+def as_json(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from (*strings(key), *strings(part))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from strings(part)
+
+
+def check(item, row, form, task):
+    globals()[f"check_{task.name}"](item, row, form, task)
+    for text in strings([*item._replace(details=dict(item.details)), identity(item)]):
+        text.encode()  # tokenizers and hashes read bytes
+    assert item.prompt.strip() and item.completion.strip() and item.id and identity(item)
+
+
+def message_of(error, place):
+    """The error's text, one short line that names its place."""
+    message = str(error)
+    message.encode()
+    is_short_line = "\n" not in message and len(message) <= LONGEST_MESSAGE
+    assert is_short_line and place in message, f"{len(message)} characters: {message[:LONGEST_MESSAGE]}"
+    return message
+
+
+# --- rows ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def form_of(task):
+    flag = st.booleans()
+    return st.builds(
+        Form, answer=st.sampled_from(task.answers), reasoning=flag, lecture=flag, hint=flag,
+        option_seed=st.integers(0, 3), as_released=st.sampled_from([False, False, True]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_damaged_row_is_read_rightly_or_refused(name, folder):
+    task, path = get_task(name), folder / f"{name}.jsonl"
+
+    @CHECKS
+    @given(st.integers(0, len(POOLS[name]) - 1), DAMAGES, form_of(task), st.integers(0, 3))
+    def damage(number, damages, form, way):
+        row = damaged(POOLS[name][number], damages)
+        assume(json.dumps(row) != json.dumps(POOLS[name][number]))
+        if way == 0:  # through a file, as a user's rows come
+            where = f"{path}, line 2"
+            write(path, "", row)
+
+            def make():
+                return load_items(task, "test", place=Place(file=path), form=form).items[0]
+        else:
+            where = "rows.jsonl, line 3"
+
+            def make():
+                return task.make(Row(where, row), 0, form)
+
+        if task.skip(Row(where, row)):
+            assert is_left_out(task, row)
+            return
+        try:
+            item = make()
+        except UserError as error:
+            message = message_of(error, where)
+            assert re.search(r"field '|fields 'reference'|both 'prompt'", message), message
+        else:
+            check(item, row, form, task)
+
+    damage()
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_an_undamaged_row_is_read_rightly(name):
+    """So that the checks above do not only ever see refusals."""
+    task = get_task(name)
+    for row in POOLS[name]:
+        for answer in task.answers:
+            if not task.skip(Row("rows.jsonl, line 1", row)):
+                check(task.make(Row("rows.jsonl, line 1", row), 0, Form(answer)), row, Form(answer), task)
