@@ -205,7 +205,65 @@ def test_valid_letters_are_the_items_own():
     assert choice.parse("Answer: F", FIVE) is None
 
 
+@pytest.mark.parametrize("name", ["cos_e", "scienceqa"])
+def test_the_gold_reply_has_the_form_that_is_asked_for(name, tmp_path):
+    path, reasons = write(tmp_path / "rows.jsonl", ROWS[name]), {"cos_e": "Fish", "scienceqa": "Steam"}[name]
+    for answer in choice.ANSWERS:
+        for reasoning in (True, False):
+            [item] = load(name, path, answer=answer, reasoning=reasoning)
+            assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0}
+            assert (reasons in item.completion) is (reasoning and answer != "letter")
+            assert ('"reasoning"' in item.prompt) is (reasoning and answer == "json")
+            assert ("Reasoning:" in item.prompt) is (reasoning and answer == "free")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "letter"),
+    [
+        ("letter", " b.\n", "B"), ("letter", "(B)", "B"), ("letter", "Answer: B", None), ("letter", "BA", None),
+        ("letter", "", None), ("letter", "E", None),
+        ("json", '{"answer": "B"}', "B"), ("json", '```json\n{"reasoning": "x", "answer": "b"}\n```', "B"),
+        ("json", '{"answer": "because"}', None), ("json", "[1]", None), ("json", '{"answer": 3}', None),
+        ("json", '{"answer": "B", "reasoning": "x', None), ("json", "Answer: B", None), ("json", "[" * 9999, None),
+    ],
+)  # fmt: skip
+def test_the_other_forms_are_read_strictly(answer, text, letter):
+    item = FOUR._replace(details={"options": OPTIONS, "format": answer})
+    assert choice.parse(text, item) == letter
+
+
+def test_lecture_and_hint_can_be_left_out(tmp_path):
+    path = write(tmp_path / "rows.jsonl", SCIENCEQA)
+    [item] = load("scienceqa", path, lecture=False, hint=False)
+    assert "Background" not in item.prompt and "Context" not in item.prompt
+    assert load("scienceqa", path)[0].prompt != item.prompt
+
+
+def test_as_released_a_demonstration_has_a_form_of_its_own(tmp_path):
+    path = write(tmp_path / "rows.jsonl", SCIENCEQA, SCIENCEQA | {"pid": "32", "solution": ""})
+    completions = [item.completion for item in load("scienceqa", path, answer="json", as_released=True)]
+    assert completions[0] == "Reasoning: Steam is water as a gas.\nAnswer: D" and len(completions[1]) == 1
+
+
 # --- MBPP ---
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "signature", "demonstration"),
+    [
+        ("def h(n): return n\ndef f(a, b): return h(a)", ["assert f(1, 2) == 1"], "def h(n):", "def f(n): return n"),
+        ("class P:\n    def __init__(self): pass\ndef f(a): pass", ["assert f(1) is None"], "def f(a):", "def f(self)"),
+        ("def f(a): return a", ["assert abs(f(1)) == 1"], "def f(a):", "def abs(a)"),
+        ("def f(a): return a", ["assert (f(1)) == 1"], "def f(a):", "def f(a)"),
+        ("def g(a): return a", ["assert set(f(1)) == 1"], "def g(a):", "def f(a)"),
+    ],
+)
+def test_as_released_the_first_function_is_taken_for_the_tested_one(code, tests, signature, demonstration, tmp_path):
+    path = write(tmp_path / "rows.jsonl", MBPP | {"code": code, "test_list": tests})
+    [item] = load("mbpp", path, as_released=True)
+    assert f"\n{signature}\n" in item.prompt and demonstration in item.completion
+    [item] = load("mbpp", path)
+    assert code in item.completion
 
 
 def test_full_row(tmp_path):

@@ -1,5 +1,6 @@
 """Who lends whom a solved example, which texts are alike, and how instructions are induced."""
 
+import random
 import sys
 import types
 
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from unisd_jax.errors import UserError
 from unisd_jax.teacher import retrieval
-from unisd_jax.teacher.contexts import assign_instructions, nearest_donors, random_donors, same_question
+from unisd_jax.teacher.contexts import (
+    assign_instructions,
+    nearest_donors,
+    random_donors,
+    released_instructions,
+    released_nearest_donors,
+    released_random_donors,
+    same_question,
+)
 from unisd_jax.teacher.induction import CALL_SIZE, example_groups, induce
 
 # Few different words: the same question comes up again and again, in another case or spacing too.
@@ -247,3 +256,32 @@ def test_a_stopped_induction_goes_on_to_the_same_end(lost):
 def test_nothing_but_empty_replies():
     with pytest.raises(UserError, match="all 19 induced instructions are empty; raise teacher.contexts"):
         run_induction(lambda conversations, call: [""] * len(conversations), {}, lambda records: None)
+
+
+# --- as released ---
+
+
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_released_donors_are_the_releases_draw_from_the_list_of_the_others(count):
+    generator, expected = random.Random(42), []
+    for item in range(count):
+        others = [other for other in range(count) if other != item]
+        enough = len(others) >= 3
+        drawn = generator.sample(others, 3) if enough else generator.choices(others, k=3)
+        expected.append([[donor] for donor in drawn])
+    assert released_random_donors(count, views=3, seed=42) == expected
+
+
+def test_released_retrieval_takes_duplicates_and_on_request_the_item_itself():
+    def rank(item, count):
+        return [item, *(other for other in range(4) if other != item)][:count]
+
+    shared = {"views": 2, "per_view": 1, "rank": rank}
+    assert released_nearest_donors(4, itself=False, **shared)[2] == [[0], [1]]
+    assert released_nearest_donors(4, itself=True, **shared)[2] == [[2], [0]]
+
+
+def test_released_instructions_are_drawn_with_replacement_from_one_list():
+    drawn = random.Random(7).choices(range(3), k=8)
+    assigned = released_instructions(4, ["a", "b", "c"], views=2, seed=7)
+    assert [text for views in assigned for text in views] == ["abc"[number] for number in drawn]

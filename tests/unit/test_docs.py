@@ -9,10 +9,12 @@ import pytest
 from unisd_jax.config_loading import walk_options
 from unisd_jax.config_modes import MODES
 from unisd_jax.config_options import Config
+from unisd_jax.data.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
+    "docs/tasks.md",
     "docs/mechanisms.md",
     "docs/checkpoints.md",
     "docs/scaling.md",
@@ -65,13 +67,20 @@ def test_the_readme_s_programs_run_and_the_fused_loss_is_the_hand_written_one(ca
 def test_every_difference_has_a_test_that_exists():
     rows = [line for line in page("docs/differences.md").splitlines() if line.startswith("| D-")]
     assert [int(row[4:6]) for row in rows] == list(range(1, 27))
-    for row in rows:
+    of_data = [line for line in page("docs/tasks.md").splitlines() if line.startswith("| A")]
+    assert len(of_data) == 18
+    for row in rows + of_data:
         named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", row.split("|")[-2])
         assert named, row
         for path, test in named:
             source = (REPOSITORY / path).read_text(encoding="utf-8")
             functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
             assert not test or test in functions, f"{path} has no {test}"
+
+
+def test_every_task_is_documented():
+    rows = {line.split("`")[1] for line in page("docs/tasks.md").splitlines() if line.startswith("| `") and "|" in line}
+    assert set(TASKS) <= rows
 
 
 def test_every_mode_is_documented_and_has_a_file():

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from unisd_jax.data.rows import shown
+from unisd_jax.data.rows import short
 from unisd_jax.data.sources import Place, find_rows, parse_split
 from unisd_jax.data.tasks.base import Form, Item, Task, identity
 from unisd_jax.errors import ConfigError, UserError
@@ -48,7 +48,9 @@ def load_items(
             continue
         item = task.make(row, position, form)
         if item.id in items:
-            raise UserError(f"{row.where}: id {shown(item.id)} was already used in an earlier line, expected another")
+            raise UserError(
+                f"{row.where}: id {short(repr(item.id))} was already used in an earlier line, expected another"
+            )
         items[item.id] = item
         if len(items) == limit:
             break

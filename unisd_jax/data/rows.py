@@ -79,12 +79,12 @@ class Row(NamedTuple):
         """
         position = self.value("upstream_index", int) if self.fields.get("upstream_index") is not None else number
         if position < 0:
-            raise self.wrong("upstream_index", shown(position), "a number from 0")
+            raise self.wrong("upstream_index", str(position), "a number from 0")
         return position
 
     def wrong(self, name: str, found: str, expected: str) -> UserError:
         """The error for a field that is not as expected, to be raised."""
-        return UserError(f"{self.where}: field {name!r} is {found}, expected {expected}")
+        return UserError(f"{self.where}: field {name!r} is {short(found)}, expected {expected}")
 
     def _check_unicode(self, name: str, text: str) -> None:
         try:
@@ -97,16 +97,20 @@ class Row(NamedTuple):
 _KINDS = {str: "string", int: "whole number", list: "list", dict: "object"}
 
 
-def shown(value: object, longest: int = 60) -> str:
-    """A value for a message: as Python writes it, cut where it is long."""
-    text = repr(value)
+def short(text: str, longest: int = 120) -> str:
+    """A text for a message, cut where it is long: a row may hold anything."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def listed(names: tuple[str, ...], most: int = 12) -> str:
     """Names for a message, the first `most` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name, 30) for name in names[:most]) + more
+    return ", ".join(short(repr(name), 30) for name in names[:most]) + more
+
+
+def reason(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return short((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -174,9 +178,10 @@ def _parquet_rows(path: Path) -> list[Row]:
             rows = parquet.read_table(file).to_pylist()
     except FileNotFoundError as error:
         raise UserError(f"data file {path} does not exist") from error
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"data file {path} is not a parquet file ({reason}), expected one for this name") from error
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: among others of text that is not UTF-8
+        raise UserError(
+            f"data file {path} is not a parquet file ({reason(error)}), expected one for this name"
+        ) from error
     except OSError as error:
-        raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"data file {path} cannot be read: {error.strerror or reason(error)}") from error
     return [Row(f"{path}, row {number}", fields) for number, fields in enumerate(rows, start=1)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from unisd_jax.data.rows import SUFFIXES, Row, listed, read_rows
+from unisd_jax.data.rows import SUFFIXES, Row, listed, read_rows, reason
 from unisd_jax.data.tasks.base import Task
 from unisd_jax.errors import ConfigError, UserError
 
@@ -106,7 +106,7 @@ def _from_folder(task: Task, split: Split, folder: Path, side: str) -> Found:
             for suffix in SUFFIXES:
                 if (path := place / f"{stem}{suffix}").is_file():
                     return _with_size(task, split, read_rows(path), str(path))
-        shards = sorted(place.glob(f"{split.short}-*-of-*.parquet"))
+        shards = sorted(place.glob(f"{split.short}-*-of-*[0-9].parquet"))
         if shards:
             return _with_size(task, split, _from_shards(shards), str(place / f"{split.short}-*.parquet"))
     raise UserError(
@@ -145,7 +145,7 @@ def _from_hub(task: Task, split: Split, revision: str | None) -> Found:
                 table = table.cast_column(name, datasets.Image(decode=False))
     except Exception as error:  # its own, the hub's, the network's and pyarrow's: one line of each says enough
         raise UserError(
-            f"{origin}: split {split.name} cannot be loaded ({_reason(error)}); without a network set data.path to a "
+            f"{origin}: split {split.name} cannot be loaded ({reason(error)}); without a network set data.path to a "
             "folder that holds the rows"
         ) from error
     _check_revision(table, wanted, origin)
@@ -174,8 +174,7 @@ def _from_tfds(task: Task, split: Split) -> Found:
     try:
         table = tensorflow_datasets.data_source(builder, split=name)
     except Exception as error:
-        reason = _reason(error)
-        raise UserError(f"tensorflow-datasets cannot load {builder} ({reason}); set data.source=auto") from error
+        raise UserError(f"tensorflow-datasets cannot load {builder} ({reason(error)}); set data.source=auto") from error
     rows = [
         Row(f"{builder} {name}, row {number}", {key: plain(value) for key, value in row.items()})
         for number, row in enumerate(table, start=1)
@@ -189,10 +188,6 @@ def _checked(rows: list[Row], origin: str, split: Split, expected: int | None) -
             f"{origin}: split {split.name} has {len(rows)} rows, expected {expected}: not the data that were published"
         )
     return Found(rows, origin, expected)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def plain(value: object) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks.base import Form, Item
+from unisd_jax.data.tasks.base import Form, Item, whole_text
 
 ANSWERS = ("free", "letter", "json")
 
@@ -21,7 +21,7 @@ _STATEMENT = re.compile(
 _PUNCTUATION = " .,:;-–—*_`()[]<>\"'"
 # What follows the letter names another one: "or B", ", B", "/ B".
 _ALTERNATIVE = re.compile(r"\W*((?i:or|and)\b|[,/&|-])\W*[A-Z]\b")
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
 def make_item(
@@ -50,7 +50,7 @@ def make_item(
     prompt = make_prompt(question, options, form, passage=passage, lecture=lecture if form.lecture else "")
     completion = gold_reply(letter, " ".join(explanation.split()), form)
     details = {"options": options, "format": form.answer, **more}
-    same = "\n".join([question, passage, *sorted(options)])
+    same = "\n".join([question, passage, *sorted(options, key=whole_text)])
     return Item(identifier, prompt, completion, letter, details=details, question=asked, same=same)
 
 

@@ -1,6 +1,6 @@
 """CoS-E v1.11: common-sense questions with five options, each with a person's explanation (Rajani et al. 2019)."""
 
-from unisd_jax.data.rows import Row, shown
+from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import choice
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
@@ -13,7 +13,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     """
     choices, answer = choice.choices_of(row), row.text("answer")
     if answer not in choices:
-        raise row.wrong("answer", shown(answer), "one of the texts in 'choices'")
+        raise row.wrong("answer", repr(answer), "one of the texts in 'choices'")
     explanation = row.optional_text("abstractive_explanation")
     # Some rows repeat a choice: the first occurrence is the right one, as in the release.
     gold, question = choices.index(answer), row.text("question")

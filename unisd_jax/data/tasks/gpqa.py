@@ -16,7 +16,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     Raises:
       UserError: a field is not as it should be; the message names file, line and field.
     """
-    choices = [row.text(name) for name in CHOICES]
+    choices = [row.text(name).strip() for name in CHOICES]
     if choices[0] in choices[1:]:
         raise row.wrong(CHOICES[choices.index(choices[0], 1)], "the right answer too", "a wrong one")
     place = row.position(position)

@@ -9,7 +9,7 @@ from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"[-−]?\$?\d[\d,]*(?:\.\d+)?|[-−]?\$?\.\d+")
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
 def make(row: Row, position: int, form: Form) -> Item:
@@ -62,7 +62,8 @@ def canonical(text: str) -> str | None:
         value = Decimal(bare.replace(",", ""))
     except InvalidOperation:
         return None
-    return f"{value.normalize():f}" if value else "0"
+    digits = f"{value:f}"  # as many as there are: `normalize` would round to 28
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) if value else "0"
 
 
 def _prompt(question: str, form: Form) -> str:

@@ -10,7 +10,7 @@
 | `id` | any string; `line-<number>` if it is not given |
 """
 
-from unisd_jax.data.rows import Row, shown
+from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks.base import Form, Item, Message, Task
 from unisd_jax.errors import UserError
 
@@ -58,7 +58,7 @@ def _message(row: Row, place: int) -> Message:
     message = Row(f"{row.where}, {name}", found)
     role = message.text("role")
     if role not in ("user", "assistant") and (role != "system" or place > 0):
-        raise message.wrong("role", shown(role), "'user' or 'assistant', or 'system' for the first message")
+        raise message.wrong("role", repr(role), "'user' or 'assistant', or 'system' for the first message")
     return {"role": role, "content": message.text("content")}
 
 

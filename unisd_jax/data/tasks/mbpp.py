@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from unisd_jax.data.rows import Row, shown
+from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import code_reply
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 from unisd_jax.sandbox import run_python
@@ -32,7 +32,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     problem = _unix(row.text("prompt" if "prompt" in row.fields else "text"))
     return Item(
         f"mbpp-{row.value('task_id', int)}",
-        _prompt(problem, shown, setup, tests),
+        _prompt(problem, _signature(row, shown), setup, tests),
         f"```python\n{_renamed(code, tests) if form.as_released else code}\n```",
         code,
         details={"tests": tests, "setup": setup, "name": function.name},
@@ -71,16 +71,25 @@ def tested_function(code: ast.Module, tests: Sequence[ast.Module]) -> Function |
     return list(functions.values())[-1] if functions else None
 
 
-def _prompt(problem: str, function: Function, setup: str, tests: Sequence[str]) -> str:
-    keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
+def _prompt(problem: str, signature: str, setup: str, tests: Sequence[str]) -> str:
     parts = [
         problem,
-        f"Define it with this signature:\n{keyword} {function.name}({ast.unparse(function.args)}):",
+        f"Define it with this signature:\n{signature}",
         "These tests, run after your code, must pass:\n" + "\n".join([*([setup] if setup else []), *tests]),
         "Reply with one fenced block, opened by ```python and closed by ```, that holds the complete solution with "
         "its imports, and with nothing else: no tests, no explanation.",
     ]
     return "\n\n".join(parts)
+
+
+def _signature(row: Row, function: Function) -> str:
+    keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
+    try:
+        return f"{keyword} {function.name}({ast.unparse(function.args)}):"
+    except RecursionError:  # a default may be nested more deeply than can be written
+        raise row.wrong(
+            "code", f"nested too deeply where it defines {function.name!r}", "a signature that is plain"
+        ) from None
 
 
 def _renamed(code: str, tests: Sequence[str]) -> str:
@@ -108,7 +117,10 @@ def _released_name(tests: Sequence[str]) -> str | None:
 def _setup(row: Row) -> str:
     """`test_imports`, a list, in the sanitized version; `test_setup_code`, a string, in the full one."""
     lines = row.texts("test_imports") if row.fields.get("test_imports") is not None else []
-    return "\n".join(filter(None, [*map(_unix, lines), _unix(row.optional_text("test_setup_code"))]))
+    parts = [*(("test_imports", line) for line in lines), ("test_setup_code", row.optional_text("test_setup_code"))]
+    for field, part in parts:
+        _python(row, field, _unix(part))
+    return "\n".join(filter(None, (_unix(part) for _, part in parts)))
 
 
 def _python(row: Row, field: str, source: str) -> ast.Module:
@@ -116,7 +128,7 @@ def _python(row: Row, field: str, source: str) -> ast.Module:
         with warnings.catch_warnings(action="ignore"):  # of doubtful escapes in other people's strings
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise row.wrong(field, f"not Python ({shown(source)})", "code that can be parsed") from None
+        raise row.wrong(field, f"not Python ({source[:60]!r})", "code that can be parsed") from None
 
 
 def _unix(text: str) -> str:

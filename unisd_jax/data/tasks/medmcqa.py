@@ -3,7 +3,7 @@
 The labels of its test split are hidden, so it is evaluated on validation.
 """
 
-from unisd_jax.data.rows import Row, shown
+from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import choice
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
@@ -18,7 +18,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     """
     gold = row.value("cop", int)
     if not 0 <= gold < len(OPTIONS):
-        raise row.wrong("cop", shown(gold), "an index from 0 to 3 (the hub hides the labels of its test split as -1)")
+        raise row.wrong("cop", str(gold), "an index from 0 to 3 (the hub hides the labels of its test split as -1)")
     choices = [row.text(name) for name in OPTIONS]
     return choice.make_item(
         row.text("id"), row.text("question"), choices, gold, row.position(position), form,

@@ -1,6 +1,6 @@
 """ScienceQA, the questions without an image: school science with a lecture and a worked solution (Lu et al. 2022)."""
 
-from unisd_jax.data.rows import Row, shown
+from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import choice
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
@@ -16,7 +16,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     """
     choices, gold = choice.choices_of(row), row.value("answer", int)
     if not 0 <= gold < len(choices):
-        raise row.wrong("answer", shown(gold), f"an index into the {len(choices)} choices")
+        raise row.wrong("answer", str(gold), f"an index into the {len(choices)} choices")
     place = row.position(position)
     # The hub's rows carry no id: the problem number of the original file where it is given, else the place.
     number = row.optional_text("pid")
