@@ -126,6 +126,147 @@ ROWS = {
     "humaneval": HUMANEVAL,
 }
 
+# Two further rows of every task that is trained on: the first row's donors.
+DONORS = {
+    "short_answers": [
+        {"id": "s2", "question": "What colour is grass?", "answer": "green"},
+        {"id": "s3", "question": "How many legs does a spider have?", "answer": "8"},
+    ],
+    "jsonl": [
+        {"id": "sum", "prompt": "What is 3 + 4?", "reference": "Three and four make 7.", "negative": "They make 8."},
+        {
+            "id": "gas",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is helium a gas?"}],
+            "reference": "Yes, at room temperature.",
+            "negative": "No, it is a metal.",
+        },
+    ],
+    "mbpp": [
+        MBPP
+        | {
+            "task_id": 11,
+            "text": "Write a function that counts the vowels of a word.",
+            "code": "def vowels(word):\r\n    return sum(letter in 'aeiou' for letter in word)\r\n",
+            "test_list": ["assert vowels('queue') == 4"],
+        },
+        MBPP
+        | {
+            "task_id": 12,
+            "text": "Write a function that keeps the even numbers of a list.",
+            "code": "def evens(numbers):\r\n    return [n for n in numbers if n % 2 == 0]\r\n",
+            "test_list": ["assert evens([1, 2, 4]) == [2, 4]", "assert evens([]) == []"],
+            "test_setup_code": "import math",
+        },
+    ],
+    "tooluse": [
+        TOOLUSE
+        | {
+            "prompt": TOOLUSE["prompt"].replace("in Oslo for 3 days", "in Rome for 5 days"),
+            "instruction": "What will the weather be in Rome for 5 days?",
+            "golden_answer": [{"Action": "forecast", "Action_Input": '{"city": "Rome", "days": 5}'}],
+            "golden_response": [
+                "Thought: Five days in Rome are asked for.",
+                "Action: forecast",
+                'Action Input: {"city": "Rome", "days": 5}',
+            ],
+            "upstream_index": 1,
+        },
+        TOOLUSE
+        | {
+            "prompt": TOOLUSE["prompt"].replace("What will the weather be in Oslo for 3 days", "Is Lima or Quito wet"),
+            "instruction": "Is Lima or Quito wet?",
+            "golden_answer": [
+                {"Action": "forecast", "Action_Input": '{"city": "Lima"}'},
+                {"Action": "forecast", "Action_Input": '{"city": "Quito"}'},
+            ],
+            "golden_response": [],
+            "upstream_index": 2,
+        },
+    ],
+    "scienceqa": [
+        SCIENCEQA
+        | {
+            "question": "Which animal lays eggs?",
+            "choices": ["cow", "hen"],
+            "answer": 1,
+            "hint": "",
+            "lecture": "Birds hatch from eggs.",
+            "solution": "A hen is a bird.",
+            "pid": "32",
+            "upstream_index": 1,
+        },
+        SCIENCEQA
+        | {
+            "question": "Is glass a solid?",
+            "choices": ["yes", "no"],
+            "answer": 0,
+            "hint": "A window keeps its shape.",
+            "lecture": "",
+            "solution": "",
+            "pid": "33",
+            "upstream_index": 2,
+        },
+    ],
+    "cos_e": [
+        COS_E
+        | {
+            "id": "a2",
+            "question": "What do bees make?",
+            "choices": ["honey", "bread", "glass", "wool", "ink"],
+            "answer": "honey",
+            "abstractive_explanation": "bees turn nectar into honey",
+            "upstream_index": 1,
+        },
+        COS_E
+        | {
+            "id": "a3",
+            "question": "Where would one keep milk cold?",
+            "choices": ["oven", "roof", "fridge", "drawer", "garden"],
+            "answer": "fridge",
+            "abstractive_explanation": "a fridge is cold inside",
+            "upstream_index": 2,
+        },
+    ],
+    "medmcqa": [
+        MEDMCQA
+        | {
+            "id": "m-2",
+            "question": "Which organ makes insulin?",
+            "opa": "Pancreas",
+            "opb": "Liver",
+            "opc": "Spleen",
+            "opd": "Kidney",
+            "cop": 0,
+            "exp": "Its beta cells release the hormone.",
+            "upstream_index": 1,
+        },
+        MEDMCQA
+        | {
+            "id": "m-3",
+            "question": "Which bone is the longest?",
+            "opa": "Tibia",
+            "opb": "Ulna",
+            "opc": "Femur",
+            "opd": "Fibula",
+            "cop": 2,
+            "exp": None,
+            "upstream_index": 2,
+        },
+    ],
+    "gsm8k": [
+        {
+            "question": "Ann reads 20 pages a day. How many pages does she read in 5 days?",
+            "answer": "She reads 20 * 5 = <<20*5=100>>100 pages.\n#### 100",
+            "upstream_index": 1,
+        },
+        {
+            "question": "A shirt of $1,500 is sold at half its price. What does it cost?",
+            "answer": "Half of $1,500 is $<<1500/2=750>>750.\nSo it costs $750.\n#### 750",
+            "upstream_index": 2,
+        },
+    ],
+}
+
 
 def real(name):
     """The file of real rows, or a skip where there is none."""

@@ -190,10 +190,14 @@ def _ranking(config: Config, items: Sequence[Item]) -> Ranking:
 
 
 def _beside_examples(config: Config, items: Sequence[Item], item: Item, donors: Sequence[int]) -> Messages:
-    """The item's question beside other items' solved ones: as turns their prompts, inline what they ask."""
+    """The item's question beside other items' solved ones: as turns their prompts, inline what they ask.
+
+    The prompt of a donor that ends a conversation would say nothing without it: there it is what is asked as well.
+    """
     placement = config.teacher.placement
+    lenders = [items[donor] for donor in donors]
     examples = [
-        (items[donor].prompt if placement == "turns" else question(items[donor]), items[donor].completion)
-        for donor in donors
+        (other.prompt if placement == "turns" and not other.earlier else question(other), other.completion)
+        for other in lenders
     ]
     return auxiliary_messages(item.prompt, examples, placement=placement, earlier=item.earlier)

@@ -44,7 +44,7 @@ def refused(main, tmp_path):
         (("--mode=sft",), "needs objective.loss"),
         (("--train.batch_size=4", "--train.micro_batches=3"), "must be divisible by train.micro_batches"),
         (("train.steps=3",), "expected --section.option=value"),
-        (("--data.test_path=null",), "data.test_path is missing"),
+        (("--data.test_path=null",), "set data.test_path to the test file"),
         (("--mesh.data=4", "--mesh.fsdp=5", "--train.batch_size=20"), "4 x 5 x 1 = 20 devices, found 8"),
     ],
 )
@@ -166,7 +166,7 @@ LINE = '{"prompt": "p", "completion": "c"}\n'
         ("\n\n", "holds no items"),
         (f"{LINE}{LINE}{{'prompt': 'p'}}\n", "line 3: not valid JSON"),
         (f'{LINE}["p", "c"]\n', "line 2: found a JSON list"),
-        (f'{LINE}{{"prompt": "p"}}\n', "line 2: field 'completion' is missing"),
+        (f'{LINE}{{"prompt": "p"}}\n', "line 2: field 'reference' is missing"),
         (f'{LINE}{{"prompt": "p", "completion": 3}}\n', "line 2: field 'completion' is a int"),
         (f'{LINE}{{"prompt": " ", "completion": "c"}}\n', "line 2: field 'prompt' is empty"),
         ('{"prompt": "p", "completion": "c<|im_end|>d"}\n', "'c<|im_end|>d' holds a token that ends the turn"),

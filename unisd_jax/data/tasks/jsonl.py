@@ -29,6 +29,7 @@ def make(row: Row, position: int, form: Form) -> Item:
         reference,
         _optional(row, "answer") or reference,
         _optional(row, "negative"),
+        question=_dialogue(earlier, prompt),
         earlier=earlier,
         context=_optional(row, "privileged_context"),
         same="\n".join([*(message["content"] for message in earlier), prompt]) if earlier else "",
@@ -60,6 +61,13 @@ def _message(row: Row, place: int) -> Message:
     if role not in ("user", "assistant") and (role != "system" or place > 0):
         raise message.wrong("role", repr(role), "'user' or 'assistant', or 'system' for the first message")
     return {"role": role, "content": message.text("content")}
+
+
+def _dialogue(earlier: tuple[Message, ...], prompt: str) -> str:
+    """The whole exchange where there was one before the prompt, which alone may ask nothing; else empty."""
+    said = [message for message in earlier if message["role"] != "system"]
+    whole = [*said, {"role": "user", "content": prompt}]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in whole) if said else ""
 
 
 def _reference(row: Row) -> str:
