@@ -16,7 +16,7 @@ from unisd_jax.data.loading import load_items, without_test_questions
 from unisd_jax.data.pipeline import Examples, ViewMessages, fitting, tokenize
 from unisd_jax.data.sources import Place
 from unisd_jax.data.tasks import get_task
-from unisd_jax.data.tasks.base import Form, Item, Task
+from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.models import HeadOptions, Model, ModelConfig, load_hf, local_checkpoint, read_config, resolve_attention
 from unisd_jax.parallel import multihost
@@ -141,7 +141,7 @@ def _load_items(config: Config, task: Task, training: bool) -> tuple[list[Item],
         place = Place(options.source, _path(options.path), _path(getattr(options, f"{side}_path")), options.revision)
         found[side] = load_items(
             task, side, place=place, split=getattr(options, f"{side}_split"),
-            form=Form(**dataclasses.asdict(options.form)), limit=getattr(options, f"{side}_limit"),
+            form=options.form, limit=getattr(options, f"{side}_limit"),
         )  # fmt: skip
         if multihost.is_main():
             print(found[side].note, flush=True)

@@ -419,7 +419,7 @@ def test_an_undamaged_row_is_read_rightly(name):
     for row in POOLS[name]:
         for answer in task.answers:
             if not task.skip(Row("rows.jsonl, line 1", row)):
-                check(task.make(Row("rows.jsonl, line 1", row), 0, Form(answer)), row, Form(answer), task)
+                check(task.make(Row("rows.jsonl, line 1", row), 0, Form(answer=answer)), row, Form(answer=answer), task)
 
 
 DEEP_DEFAULTS = ["-" * 900 + "1", "not " * 900 + "1", "1 + " * 900 + "1", "[" * 400 + "]" * 400]
@@ -432,6 +432,15 @@ def test_code_that_is_nested_too_deeply_is_refused(default):
     with pytest.raises(UserError) as error:
         get_task("mbpp").make(row, 0, Form())
     assert "field 'code'" in message_of(error.value, "rows.jsonl, line 4")
+
+
+@pytest.mark.parametrize("name", ["cos_e", "gsm8k"])
+@pytest.mark.parametrize("text", ["```json\n" + "\n" * 50_000, "```" + " " * 50_000 + "\n" * 50_000, "```\n" * 20_000])
+def test_a_reply_that_repeats_itself_is_read_in_time(name, text):
+    """A model that goes on with line breaks must not stop the evaluation: the time may not grow with their cube."""
+    task = get_task(name)
+    item = task.make(Row("rows.jsonl, line 1", ROWS[name]), 0, Form(answer="json"))
+    assert task.parse(text, item) is None
 
 
 # --- files ---

@@ -97,14 +97,11 @@ def explanation(item, task):
     return text if len(words(text)) >= 4 else ""
 
 
-def test_questions(views, test, task):
+def shown_of_the_test(views, test, task):
     """The test items that a view asks, whatever the view."""
     questions = Questions(test, task)
     texts = {message["content"] for view in views for part in all_views(view) for message in part}
     return [item.id for text in texts for item in questions.asked_in(text)]
-
-
-test_questions.__test__ = False  # a checker, whose name pytest would take for a test's
 
 
 def all_views(view):
@@ -249,7 +246,7 @@ def test_views_give_nothing_away(name, sides, method, placement, configure, monk
         monkeypatch.setattr(preparation, "sound_items", lambda config, task, items, **_: list(items))
     items, views = made_views(configure(*options), task, train)
     assert len(items) >= 0.8 * len(train) > 1 and all(len(view.contexts) == VIEWS for view in views)
-    assert test_questions(views, test, task) == []
+    assert shown_of_the_test(views, test, task) == []
     assert told_student(items, views, task) == []
     assert told_contexts(items, views, task) == []
     assert not contrast or right_negatives(items, views, task, placement) == []
@@ -282,9 +279,9 @@ def nothing_is_run(monkeypatch, request):
 def test_a_test_question_among_the_training_items_is_noticed(name, invented):
     task, train, test, config = invented
     items, views = made_views(config, task, train)
-    assert set(test_questions(views, test, task)) == {test[0].id}
+    assert set(shown_of_the_test(views, test, task)) == {test[0].id}
     rest, views = made_views(config, task, without_test_questions(items, test)[0])
-    assert len(rest) == 3 and test_questions(views, test, task) == []
+    assert len(rest) == 3 and shown_of_the_test(views, test, task) == []
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -106,7 +106,8 @@ def _from_folder(task: Task, split: Split, folder: Path, side: str) -> Found:
             for suffix in SUFFIXES:
                 if (path := place / f"{stem}{suffix}").is_file():
                     return _with_size(task, split, read_rows(path), str(path))
-        shards = sorted(place.glob(f"{split.short}-*-of-*[0-9].parquet"))
+        found = place.glob(f"{split.short}-*-of-*.parquet")
+        shards = sorted(path for path in found if path.stem.rpartition("-of-")[2].isdecimal())
         if shards:
             return _with_size(task, split, _from_shards(shards), str(place / f"{split.short}-*.parquet"))
     raise UserError(

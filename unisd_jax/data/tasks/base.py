@@ -5,6 +5,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+# The options themselves are how tasks are told; `configs/base.yaml` explains each one (`data.form`).
+from unisd_jax.config_options import FormOptions as Form
 from unisd_jax.data.rows import Row
 
 Family = Literal["text", "choice", "code", "tools"]
@@ -31,17 +33,6 @@ class Item(NamedTuple):
     same: str = ""
     earlier: tuple[Message, ...] = ()
     context: str | None = None
-
-
-class Form(NamedTuple):
-    """How prompts are written and replies asked for; `configs/base.yaml` explains each option (`data.form`)."""
-
-    answer: Literal["free", "letter", "json"] = "free"
-    reasoning: bool = True
-    lecture: bool = True
-    hint: bool = True
-    option_seed: int = 42
-    as_released: bool = False
 
 
 class Source(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks import json_reply
 from unisd_jax.data.tasks.base import Form, Item, whole_text
 
 ANSWERS = ("free", "letter", "json")
@@ -21,7 +22,6 @@ _STATEMENT = re.compile(
 _PUNCTUATION = " .,:;-–—*_`()[]<>\"'"
 # What follows the letter names another one: "or B", ", B", "/ B".
 _ALTERNATIVE = re.compile(r"\W*((?i:or|and)\b|[,/&|-])\W*[A-Z]\b")
-_FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
 def make_item(
@@ -91,13 +91,11 @@ def gold_reply(letter: str, reasoning: str, form: Form) -> str:
 
 def parse(text: str, item: Item) -> str | None:
     """The letter that a reply states in the form it was asked for; None without one or if it is no option."""
-    letters = ascii_uppercase[: len(item.details["options"])]
-    if item.details["format"] == "letter":
-        letter = text.strip(" \n\t.()[]*`\"'").upper()
-        return letter if len(letter) == 1 and letter in letters else None
-    if item.details["format"] == "json":
-        return _json_letter(text, letters)
-    return stated_letter(text, item.details["options"])
+    if item.details["format"] == "free":
+        return stated_letter(text, item.details["options"])
+    given = json_reply.answer(text) if item.details["format"] == "json" else text.strip(" \n\t.()[]*`\"'")
+    letter = given.strip().upper() if isinstance(given, str) else ""
+    return letter if len(letter) == 1 and letter in ascii_uppercase[: len(item.details["options"])] else None
 
 
 def stated_letter(text: str, options: Sequence[str]) -> str | None:
@@ -165,15 +163,3 @@ def _instruction(letters: str, form: Form) -> str:
         "Reason briefly, in three sentences at most, and end with the letter of the right option. "
         f"Reply in this form and write nothing after it:\nReasoning: <your reasoning>\nAnswer: <{named}>"
     )
-
-
-def _json_letter(text: str, letters: str) -> str | None:
-    """The `answer` of a reply that is a JSON object, or whose only fenced block is one."""
-    blocks = _FENCED.findall(text)
-    try:
-        value = json.loads(blocks[0] if len(blocks) == 1 else text)
-    except (ValueError, RecursionError):
-        return None
-    letter = value.get("answer") if isinstance(value, dict) else None
-    letter = letter.strip().upper() if isinstance(letter, str) else ""
-    return letter if len(letter) == 1 and letter in letters else None

@@ -5,11 +5,11 @@ import re
 from decimal import Decimal, InvalidOperation
 
 from unisd_jax.data.rows import Row
+from unisd_jax.data.tasks import json_reply
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"[-−]?\$?\d[\d,]*(?:\.\d+)?|[-−]?\$?\.\d+")
-_FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
 def make(row: Row, position: int, form: Form) -> Item:
@@ -35,12 +35,7 @@ def make(row: Row, position: int, form: Form) -> Item:
 def parse(text: str, item: Item) -> str | None:
     """The number after the reply's last `####`, or the JSON reply's `answer`; None if it has another form."""
     if item.details["format"] == "json":
-        blocks = _FENCED.findall(text)
-        try:
-            value = json.loads(blocks[0] if len(blocks) == 1 else text)
-        except (ValueError, RecursionError):
-            return None
-        found = value.get("answer") if isinstance(value, dict) else None
+        found = json_reply.answer(text)
         return canonical(str(found)) if isinstance(found, str | int | float) and not isinstance(found, bool) else None
     _, mark, after = text.rpartition("####")
     number = _NUMBER.search(after) if mark else None
