@@ -53,7 +53,7 @@ def test_the_example_trains(example, tmp_path, main):
         "--objective.contrast.contrastive_weight=0.1",
         "--teacher.contexts.num_auxiliary_contexts=2",
         "--objective.agreement.level=token",
-        "--data.max_prompt_length=600",
+        "--data.max_prompt_length=500",
         "--train.steps=1",
     ]
     outcome = main(tmp_path, *options)

@@ -2,7 +2,8 @@
 
 `turns` puts a demonstration before the question as an earlier exchange, which small chat models follow. `inline` puts
 it inside the user message together with what to do with it. A wrong demonstration goes through the same function as a
-good one: a contrast of the two must find no difference of form to hold on to.
+good one: a contrast of the two must find no difference of form to hold on to. (Where the data have a privileged context
+in place of the good one, there is such a difference, and only `negative`s of the data's own make sense.)
 """
 
 from collections.abc import Sequence
@@ -86,8 +87,7 @@ def auxiliary_messages(
                 "The following examples are for reference only. Each one responds to another question: leave those "
                 "questions alone, and carry none of their answers over.",
                 *blocks,
-                "[Your question: respond to this one only]",
-                question,
+                f"[Your question: respond to this one only]\n{question}",
             ]
         )
         return [*earlier, _user(content)]
@@ -96,7 +96,7 @@ def auxiliary_messages(
 
 def induction_messages(question: str, instruction: str, earlier: Sequence[Message] = ()) -> list[Message]:
     """The question below general guidance; no mention of a solution, as there is none (the release's defect A14)."""
-    return [*earlier, _user(f"Guidance for questions of this kind:\n{instruction}\n\nQuestion:\n{question}")]
+    return [*earlier, _user(f"Guidance for questions of this kind:\n{instruction}\n\n{question}")]
 
 
 def _user(content: str) -> Message:

@@ -211,12 +211,18 @@ def _gold_call(row: Row, name: str, call: Any) -> tuple[str, str, dict[str, Any]
         raise row.wrong(name, f"a {type(call).__name__}", "an object with 'Action' and 'Action_Input'")
     fields = Row(f"{row.where}, {name}", call)
     action, text = fields.text("Action").strip(), fields.text("Action_Input").strip()
+    if action != action.strip("*`") or "\n" in action:
+        raise fields.wrong("Action", repr(action), "a name on one line, without marks around it")
     try:
         arguments = _loads(text)
     except (ValueError, RecursionError):
         raise _NotJSON(f"{fields.where}: field 'Action_Input' is not JSON ({text[:60]!r})") from None
     if not isinstance(arguments, dict):
         raise fields.wrong("Action_Input", f"the JSON of a {type(arguments).__name__}", "that of an object")
+    try:
+        _dump(_canonical(arguments))
+    except RecursionError:
+        raise fields.wrong("Action_Input", "nested too deeply", "arguments that can be compared") from None
     return action, text, arguments
 
 
