@@ -70,6 +70,7 @@ class ContextOptions:
     num_auxiliary_contexts: int = 0
     method: Literal["random", "retrieval", "induction"] = "random"
     demonstrations: int = 1
+    pool: int = 10_000
     encoder: Literal["bm25", "minilm"] = "bm25"
     encoder_path: str = "all-MiniLM-L6-v2"
     induction_demonstrations: int = 3

@@ -114,7 +114,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "objective.agreement.budget.share",
         ),
     ),
-    ("at least 2", lambda x: x >= 2, ("teacher.self_samples",)),
+    ("at least 2", lambda x: x >= 2, ("teacher.self_samples", "teacher.contexts.pool")),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed", "data.form.option_seed")),
     (
         "a non-empty string",

@@ -1,5 +1,6 @@
 """What each view of a training item shows: the question, beside its own solution, other items', or an instruction."""
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -183,10 +184,11 @@ def _released_donors(config: Config, task: Task, items: Sequence[Item], views: i
 def _ranking(config: Config, items: Sequence[Item]) -> Ranking:
     """Similarity of what is asked; under `as_released` of whole prompts, most of which all items share (A15)."""
     released = config.teacher.contexts.as_released
-    questions = [item.prompt if released else question(item) for item in items]
+    questions, size = [item.prompt if released else question(item) for item in items], config.teacher.contexts.pool
+    pool = sorted(random.Random(config.seed).sample(range(len(items)), size)) if size < len(items) else None
     if config.teacher.contexts.encoder == "minilm":
-        return minilm_ranking(questions, config.teacher.contexts.encoder_path)
-    return bm25_ranking(questions)
+        return minilm_ranking(questions, config.teacher.contexts.encoder_path, pool)
+    return bm25_ranking(questions, pool)
 
 
 def _beside_examples(config: Config, items: Sequence[Item], item: Item, donors: Sequence[int]) -> Messages:

@@ -351,6 +351,7 @@ _OUT_OF_RANGE = {
     "teacher.cache_dir": ["''"],
     "teacher.contexts.num_auxiliary_contexts": ["-1"],
     "teacher.contexts.demonstrations": ["0"],
+    "teacher.contexts.pool": ["1", "0"],
     "teacher.contexts.encoder_path": ["''"],
     "teacher.contexts.induction_demonstrations": ["0"],
     "teacher.contexts.induction_instructions": ["0"],

@@ -258,6 +258,24 @@ def test_nothing_but_empty_replies():
         run_induction(lambda conversations, call: [""] * len(conversations), {}, lambda records: None)
 
 
+@pytest.mark.parametrize("ranking", ["bm25", "cosine"])
+def test_only_the_pool_is_named_in_the_order_of_all(ranking):
+    texts = [f"word{number % 5} other{number % 3} w{number}" for number in range(30)]
+    pool = [1, 4, 9, 16, 25, 29]
+    if ranking == "bm25":
+        whole, part = retrieval.bm25_ranking(texts), retrieval.bm25_ranking(texts, pool)
+        assert retrieval.bm25_ranking(["!", "?", "a"], [0, 1])(2, 5) == [0, 1]
+    else:
+        vectors = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        whole, part = retrieval.cosine_ranking(vectors), retrieval.cosine_ranking(vectors, pool)
+        for query in range(30):
+            assert part(query, 6) == [text for text in whole(query, 30) if text in pool]
+    for query in range(30):
+        assert set(part(query, 3)) < set(pool) and len(part(query, 99)) == len(pool)
+        assert part(query, 1)[0] == query or query not in pool
+
+
 # --- as released ---
 
 

@@ -1,7 +1,8 @@
 """Which texts are alike: BM25 on words, or the cosine of sentence embeddings.
 
 A ranking is a function `rank(query, count)`: the indices of the `count` texts most like text number `query`, best
-first, ties in the order of the texts. It may name the query itself; `contexts.nearest_donors` leaves that out.
+first, ties in the order of the texts. It may name the query itself; `contexts.nearest_donors` leaves that out. With a
+`pool`, indices in order, only those texts are named: all against all would take the square of their number.
 """
 
 import logging
@@ -17,7 +18,7 @@ Ranking = Callable[[int, int], list[int]]
 QUERIES_AT_ONCE = 256
 
 
-def bm25_ranking(texts: Sequence[str]) -> Ranking:
+def bm25_ranking(texts: Sequence[str], pool: Sequence[int] | None = None) -> Ranking:
     """Ranks by BM25 (Lucene's form) over lower-cased words; needs no model.
 
     Words of one character count too: in short questions they are often the numbers that matter.
@@ -28,18 +29,19 @@ def bm25_ranking(texts: Sequence[str]) -> Ranking:
     logging.getLogger("bm25s").setLevel(logging.WARNING)
 
     words = bm25s.tokenize(list(texts), token_pattern=r"(?u)\b\w+\b", stopwords="en", show_progress=False)
-    if not words.vocab:
-        return lambda query, count: list(range(min(count, len(texts))))
+    own = range(len(texts)) if pool is None else pool
+    if not any(words.ids[text] for text in own):
+        return lambda query, count: list(own[:count])
     index = bm25s.BM25()
-    index.index(words, show_progress=False)
+    index.index(words._replace(ids=[words.ids[text] for text in own]), show_progress=False)
 
     def rank(query: int, count: int) -> list[int]:
-        return best(index.get_scores_from_ids(words.ids[query]), count)
+        return [own[place] for place in best(index.get_scores_from_ids(words.ids[query]), count)]
 
     return rank
 
 
-def minilm_ranking(texts: Sequence[str], model: str = "all-MiniLM-L6-v2") -> Ranking:
+def minilm_ranking(texts: Sequence[str], model: str = "all-MiniLM-L6-v2", pool: Sequence[int] | None = None) -> Ranking:
     """Ranks by the cosine of sentence embeddings, as the release does (its retrieval uses this model).
 
     Raises:
@@ -60,19 +62,21 @@ def minilm_ranking(texts: Sequence[str], model: str = "all-MiniLM-L6-v2") -> Ran
             "model of the hub or a folder, or teacher.contexts.encoder=bm25"
         ) from None
     vectors = encoder.encode(list(texts), batch_size=256, normalize_embeddings=True, show_progress_bar=False)
-    return cosine_ranking(np.asarray(vectors, np.float32))
+    return cosine_ranking(np.asarray(vectors, np.float32), pool)
 
 
-def cosine_ranking(vectors: np.ndarray) -> Ranking:
+def cosine_ranking(vectors: np.ndarray, pool: Sequence[int] | None = None) -> Ranking:
     """Ranks by the inner product of unit vectors [N, D], a block of queries at a time; queries in order are fastest."""
     block, scores = -1, np.empty((0, 0), np.float32)
+    own = np.arange(len(vectors)) if pool is None else np.asarray(pool)
+    lenders = vectors[own]
 
     def rank(query: int, count: int) -> list[int]:
         nonlocal block, scores
         if query // QUERIES_AT_ONCE != block:
             block = query // QUERIES_AT_ONCE
-            scores = vectors[block * QUERIES_AT_ONCE : (block + 1) * QUERIES_AT_ONCE] @ vectors.T
-        return best(scores[query % QUERIES_AT_ONCE], count)
+            scores = vectors[block * QUERIES_AT_ONCE : (block + 1) * QUERIES_AT_ONCE] @ lenders.T
+        return own[best(scores[query % QUERIES_AT_ONCE], count)].tolist()
 
     return rank
 
