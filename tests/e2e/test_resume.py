@@ -128,7 +128,15 @@ def test_ctrl_c_twice_stops_at_once_without_a_traceback(reference, main, signal_
     assert numbers(tmp_path / "run") == numbers(reference)
 
 
-def test_ctrl_c_before_the_first_step(main, monkeypatch, tmp_path):
+@pytest.fixture
+def python_s_own_handler():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_ctrl_c_before_the_first_step(main, monkeypatch, tmp_path, python_s_own_handler):
     monkeypatch.setattr(train, "evaluate_before", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     outcome = main(tmp_path, *TRAIN_ONLY)
     assert outcome.code == 130 and outcome.err.startswith("interrupted: ")
