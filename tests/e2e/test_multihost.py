@@ -160,6 +160,7 @@ def test_a_killed_process_stops_the_other_and_a_restart_of_both_resumes(processe
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(processes, tmp_path):
     before = SIGNAL_AFTER_STEP.format(step=2, signal="SIGTERM")
     ends = processes.run(tmp_path, "--mesh.fsdp=4", *TRAIN_ONLY, before=before, victim=1)

@@ -301,6 +301,7 @@ def test_options_of_checkpoints_and_logging_may_change(crashed, reference, main)
 # --- Other kinds of state ---
 
 
+@pytest.mark.slow
 def test_full_training_on_a_mesh_resumes_exactly_too(crash, main, tmp_path):
     options = ("--model.trainable=full", "--optimizer.learning_rate=1e-3")
     options += ("--mesh.fsdp=2", "--mesh.tensor=2")

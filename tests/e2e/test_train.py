@@ -230,6 +230,7 @@ ALPHAS = ("objective.alpha=0", "objective.alpha=0.5", "objective.alpha=1")
 INLINE = "teacher.placement=inline"
 
 
+@pytest.mark.slow
 def test_alpha_and_placement_change_what_a_plain_run_learns_from(main, tmp_path):
     lines = {}
     for option in (*ALPHAS, INLINE):
@@ -262,6 +263,7 @@ def test_sft_learns_the_gold_completions(tmp_path, main):
     assert all(3 <= line["completion_length"] <= 4 and line["eos_rate"] == 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_full_training_in_bfloat16_without_evaluation(tmp_path, main, workspace):
     options = ("--model.trainable=full", "--model.dtype=bfloat16", "--rollout.max_sampler_gap=0.1", "--train.steps=3")
     outcome = main(tmp_path, *PLAIN, *options, *TRAIN_ONLY)

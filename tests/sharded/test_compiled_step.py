@@ -61,8 +61,18 @@ def collectives(text):
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((2, 4, 1), "full"),
+        ((1, 4, 2), "lora"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((1, 8, 1), "lora"), ((1, 8, 1), "full"), ((2, 4, 1), "lora"), ((1, 4, 2), "full"))
+        ),
+    ],
+    ids=str,
+)
 def test_no_device_holds_a_whole_parameter_or_head_gradient(shape, kind):
     text, params = program(kind, shape)
     sent = collectives(text)

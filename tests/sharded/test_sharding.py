@@ -38,7 +38,9 @@ def reference(kind, settings=SETTINGS):
     return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [MESHES[0], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:])], ids=str
+)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_any_mesh_computes_what_one_device_computes(kind, shape):
     expected, expected_metrics = reference(kind)
@@ -78,7 +80,7 @@ def test_the_head_is_divided_as_the_batch_and_the_output_matrix_are():
         assert (layout.tokens, layout.vocab) == (tokens, vocab)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)], ids=str)
 def test_any_mesh_computes_all_five_mechanisms_alike(shape):
     """EMA, token agreement, contrast, matching and a quantile clip, whose weights and ceiling need the whole batch."""
     expected, expected_metrics = reference("lora", STAR)
