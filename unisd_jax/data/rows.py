@@ -21,6 +21,11 @@ class Row(NamedTuple):
     where: str
     fields: Mapping[str, Any]
 
+    @property
+    def number(self) -> int:
+        """Of its line or row, from 1: what `where` ends in."""
+        return int(self.where.rpartition(" ")[2])
+
     def value(self, name: str, kind: type) -> Any:
         """The field `name`.
 

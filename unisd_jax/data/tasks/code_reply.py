@@ -14,14 +14,13 @@ def extract(text: str) -> str | None:
     # A block inside a list is indented as a whole.
     code = re.sub(f"^{fence['indent']}", "", fence["code"], flags=re.MULTILINE) if fence else text
     code = code.rstrip().strip("\n")
-    return code if code and (fence or is_python(code)) else None
+    return code if code and (fence or parsed(code) is not None) else None
 
 
-def is_python(source: str) -> bool:
-    """Whether the parser accepts it."""
+def parsed(source: str) -> ast.Module | None:
+    """The syntax tree; None of what the parser does not accept."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of doubtful escapes in other people's strings
-            ast.parse(source)
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None

@@ -69,7 +69,7 @@ def _passes(code: str, item: Item) -> bool:
 
 def _check(row: Row, field: str, source: str, name: str) -> None:
     """Refuses a field unless it is code that defines `name`."""
-    if not code_reply.is_python(source):
+    if code_reply.parsed(source) is None:
         raise row.wrong(field, f"not Python ({row.fields[field][:60]!r})", "code that can be parsed")
     if not re.search(rf"^(?:async )?def {re.escape(name)}\s*\(", source, re.MULTILINE):
         raise row.wrong(field, f"without the function {name!r}", "code that defines it at its top level")

@@ -24,7 +24,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     earlier, prompt = _conversation(row)
     reference = _reference(row)
     return Item(
-        _optional(row, "id") or f"line-{row.where.rpartition(' ')[2]}",
+        _optional(row, "id") or f"line-{row.number}",
         prompt,
         reference,
         _optional(row, "answer") or reference,

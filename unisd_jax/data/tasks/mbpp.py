@@ -5,7 +5,6 @@ Reads the rows of both published versions, the full one and the sanitized one (A
 
 import ast
 import re
-import warnings
 from collections.abc import Sequence
 
 from unisd_jax.data.rows import Row
@@ -124,11 +123,10 @@ def _setup(row: Row) -> str:
 
 
 def _python(row: Row, field: str, source: str) -> ast.Module:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of doubtful escapes in other people's strings
-            return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise row.wrong(field, f"not Python ({source[:60]!r})", "code that can be parsed") from None
+    tree = code_reply.parsed(source)
+    if tree is None:
+        raise row.wrong(field, f"not Python ({source[:60]!r})", "code that can be parsed")
+    return tree
 
 
 def _unix(text: str) -> str:

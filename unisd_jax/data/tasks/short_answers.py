@@ -33,7 +33,7 @@ def make(row: Row, position: int, form: Form) -> Item:
       UserError: a field is not as it should be; the message names file, line and field.
     """
     question, answer = row.text("question"), row.text("answer")
-    identifier = row.text("id") if row.fields.get("id") is not None else f"line-{row.where.rpartition(' ')[2]}"
+    identifier = row.text("id") if row.fields.get("id") is not None else f"line-{row.number}"
     completion = json.dumps({"answer": answer}, ensure_ascii=False)
     return Item(identifier, f"{question} {FORM}", completion, answer, question=question)
 

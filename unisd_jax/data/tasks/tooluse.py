@@ -51,7 +51,7 @@ def make(row: Row, position: int, form: Form) -> Item:
     else:
         completion = response or "\n".join(f"Action: {action}\nAction Input: {text}" for action, text, _ in gold)
     calls = [(action, _canonical(arguments)) for action, _, arguments in gold]
-    number = row.position(int(row.where.rpartition(" ")[2]))
+    number = row.position(row.number)
     digest = hashlib.sha256(_dump([row.fields["prompt"], instruction, gold]).encode()).hexdigest()[:8]
     details = {"calls": calls, "format": form.answer, "name": name}
     return Item(
