@@ -44,6 +44,10 @@ _NOT_DEFINING = (
     "teacher.cache_dir",
     "distributed",
     "train.compilation_cache",
+    "evaluation.every",
+    "evaluation.every_items",
+    "measure",
+    "resources",
 )
 
 
@@ -99,7 +103,8 @@ def config_hash(config: Config) -> str:
     """12 hexadecimal digits that name the run's numbers: two runs with the same hash compute the same thing.
 
     The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `preset`, `logging.*`,
-    `checkpoint.*`, `distributed.*`, `teacher.cache_dir` and `train.compilation_cache`.
+    `checkpoint.*`, `distributed.*`, `measure.*`, `resources.*`, `evaluation.every`, `evaluation.every_items`,
+    `teacher.cache_dir` and `train.compilation_cache`.
     """
     defining = {key: value for key, value in flatten(to_dict(config)).items() if _defines(key)}
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]

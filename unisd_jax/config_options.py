@@ -255,12 +255,40 @@ class HeadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Evaluation on the test items before and after training."""
+    """Evaluation on the test items before, during and after training."""
 
     enabled: bool = True
     batch_size: int = 16
     max_completion_length: int = 1024
     drift_tokens: int = 64
+    every: int = 0
+    every_items: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What `python -m unisd_jax.evaluate` measures beside the grades of one greedy reply."""
+
+    base: str | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    retries: int = 0
+    retry_temperature: float = 0.7
+    option_likelihood: bool = False
+    score_stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceOptions:
+    """The constants of the estimate of energy and carbon."""
+
+    device_watts: float | None = None
+    utilization: float = 0.7
+    pue: float = 1.2
+    carbon_g_per_kwh: float = 475.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,5 +330,7 @@ class Config:
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    resources: ResourceOptions = field(default_factory=ResourceOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -36,6 +36,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "head.vocab_block",
             "evaluation.batch_size",
             "evaluation.max_completion_length",
+            "evaluation.every_items",
+            "measure.samples",
+            "resources.pue",
             "checkpoint.every",
             "checkpoint.keep",
             "logging.inert_after",
@@ -58,6 +61,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "rollout.min_completion_length",
             "optimizer.weight_decay",
             "evaluation.drift_tokens",
+            "evaluation.every",
+            "measure.temperature",
+            "measure.top_k",
+            "measure.retries",
+            "resources.carbon_g_per_kwh",
             "logging.samples",
             "teacher.contexts.num_auxiliary_contexts",
             "objective.num_loss_tokens_to_skip",
@@ -84,6 +92,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "objective.importance.cap",
             "teacher.contexts.induction_temperature",
             "teacher.negatives.temperature",
+            "measure.retry_temperature",
+            "resources.device_watts",
         ),
     ),
     (
@@ -102,13 +112,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "at least 0 and below 1",
         lambda x: 0 <= x < 1,
-        ("rollout.min_p", "optimizer.b1", "optimizer.b2", "model.lora.dropout"),
+        ("rollout.min_p", "measure.min_p", "optimizer.b1", "optimizer.b2", "model.lora.dropout"),
     ),
     (
         "above 0 and at most 1",
         lambda x: 0 < x <= 1,
         (
             "rollout.top_p",
+            "measure.top_p",
+            "resources.utilization",
             "objective.top_entropy_quantile",
             "objective.clip.token_clip_quantile",
             "objective.agreement.budget.share",
@@ -156,6 +168,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_clip_and_tokens(values)
     _check_views(values)
     _check_losses(values)
+    _check_evaluation(values)
 
 
 def _check_start(values: Mapping[str, Any]) -> None:
@@ -285,6 +298,24 @@ def _check_losses(values: Mapping[str, Any]) -> None:
             'teacher.condition is "none" and there is no contrast: '
             "the teacher would equal the student at the start, and nothing would be learned"
         )
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> None:
+    every, samples = values["evaluation.every"], values["measure.samples"]
+    if every and not values["evaluation.enabled"]:
+        raise ConfigError(f"evaluation.every is {every}, but evaluation.enabled is false: set one of them otherwise")
+    if values["measure.temperature"] > 0:
+        return
+    if samples > 1:
+        raise ConfigError(
+            f"measure.samples is {samples}, but measure.temperature is 0: all greedy replies to an item are the same; "
+            "set a temperature, such as 0.7"
+        )
+    for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        if values[f"measure.{name}"] != off:
+            raise ConfigError(
+                f"measure.{name} narrows what is sampled, but measure.temperature is 0; set a temperature"
+            )
 
 
 def likely_mistakes(values: Mapping[str, Any]) -> list[str]:

@@ -218,15 +218,17 @@ def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
     return merge(*weights(state.student, experiment.base))
 
 
-def evaluate_test(experiment: Experiment, params: dict[str, Any], version: int) -> Evaluation:
-    """The test items, answered greedily without a demonstration.
+def evaluate_test(
+    experiment: Experiment, params: dict[str, Any], version: int, *, limit: int | None = None
+) -> Evaluation:
+    """The test items, all or the first `limit`, answered greedily without a demonstration.
 
     Raises:
       UserError: a mean is not finite: the weights are unusable.
     """
     options = experiment.config.evaluation
     evaluation = evaluate_examples(
-        experiment.sampler, experiment.model, params, experiment.test, experiment.chat, experiment.task,
+        experiment.sampler, experiment.model, params, experiment.test[:limit], experiment.chat, experiment.task,
         version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
         length_multiple=experiment.config.data.length_multiple,
     )  # fmt: skip

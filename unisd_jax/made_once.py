@@ -21,7 +21,7 @@ from unisd_jax.config import Config
 from unisd_jax.data.chat import Chat
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.errors import UserError
-from unisd_jax.eval.runner import replies
+from unisd_jax.eval.generation import generate_replies
 from unisd_jax.models import local_checkpoint
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
@@ -259,10 +259,10 @@ def _generate(
             )
         key = jax.random.fold_in(purpose_key(config.seed, 0, purpose), call)
         sampling = Sampling(max_length, chat.stop_ids, chat.pad_id, temperature, vocab_size=chat.vocab_size)
-        found = replies(
-            sampler, prompts, chat, sampling, key=key, version=0,
-            batch_size=min(8, len(prompts)), length_multiple=PROMPT_MULTIPLE,
+        found = generate_replies(
+            sampler, prompts, sampling, key=key, version=0, batch_size=min(8, len(prompts)),
+            length_multiple=PROMPT_MULTIPLE,
         )  # fmt: skip
-        return [chat.text(ids) for ids in found]
+        return [chat.text(reply.ids) for reply in found]
 
     return generate

@@ -34,6 +34,8 @@ COLUMNS = {
     "length": "completion_length",
     "tokens/s": "tokens_per_second",
 }
+# Beside them where the run is evaluated on the way: gain and forgetting, empty in the steps between.
+EVALUATION_COLUMNS = {"exact": "eval_exact", "drift": "eval_drift"}
 _ROWS = 12  # steps that stay visible in the live table
 _RECENT = 20  # step times whose median gives the time left: one slow step, as for a checkpoint, does not move it
 _WIDTH = 10  # of a plain column: the longest "%.4g" is "-1.234e-05"
@@ -48,6 +50,7 @@ class MetricsWriter:
       run_dir: holds `metrics.jsonl`; made if it is not there.
       total_steps: of the whole run, for the time left.
       name: of the run, shown above the table.
+      evaluated: whether some steps have metrics `eval_...`.
       is_main: whether this is host 0.
       wandb: None, or {"project": str, "config": dict} to log to wandb as well.
 
@@ -61,13 +64,14 @@ class MetricsWriter:
         *,
         total_steps: int,
         name: str,
+        evaluated: bool = False,
         is_main: bool = True,
         wandb: dict[str, Any] | None = None,
     ):
         self._screen = self._records = self._wandb = None
         if not is_main:
             return
-        self._screen = _Screen(name, total_steps)
+        self._screen = _Screen(name, total_steps, COLUMNS | (EVALUATION_COLUMNS if evaluated else {}))
         if wandb is not None:
             self._wandb = _Wandb(Path(run_dir), name, wandb, say=self.message)
         self._records = _Records(Path(run_dir) / METRICS_FILE)
@@ -179,9 +183,9 @@ class _Records:
 class _Screen:
     """A live table on a terminal; aligned lines without escape codes anywhere else."""
 
-    def __init__(self, name: str, total_steps: int):
-        self._name, self._total = name, total_steps
-        self._headings = ["step", *COLUMNS, "ETA"]
+    def __init__(self, name: str, total_steps: int, columns: dict[str, str]):
+        self._name, self._total, self._metrics = name, total_steps, list(columns.values())
+        self._headings = ["step", *columns, "ETA"]
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._last_time: float | None = None
         self._rows: deque[list[str]] = deque(maxlen=_ROWS)
@@ -192,7 +196,7 @@ class _Screen:
         self._is_terminal = terminal and sys.stdout.isatty()
 
     def log(self, step: int, values: dict[str, int | float]) -> None:
-        shown = [_number(values.get(metric)) for metric in COLUMNS.values()]
+        shown = [_number(values.get(metric)) for metric in self._metrics]
         row = [f"{step}/{self._total}", *shown, self._time_left(step)]
         if self._is_terminal:
             self._rows.append(row)

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import yaml
 
 from unisd_jax.errors import UserError
 from unisd_jax.io import write_bytes_atomic, write_text_atomic
+from unisd_jax.markdown import table
 from unisd_jax.metrics import METRICS_FILE, read_metrics
 
 RESULT_FILE, SAMPLES_FILE, CONFIG_FILE = "result.json", "samples.jsonl", "config.yaml"
@@ -21,6 +21,8 @@ CURVES = {
     "completions": {"entropy": "entropy (nats per token)", "completion_length": "completion length (tokens)"},
     "sampler_gap": {"sampler_gap": "sampler gap, mean (nats)", "sampler_gap_max": "largest (nats)"},
 }
+# The same for what `evaluation.every` measures on the way; drawn only where it did.
+PROGRESS_CURVES = {"progress": {"eval_exact": "exact match (share)", "eval_drift": "drift from the base (nats)"}}
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -80,8 +82,8 @@ def write_report(run_dir: str | Path) -> Path:
         "\n".join(f"![{name}](plots/{name}.png)" for name in plots),
         f"## Samples\n\n{_samples(run.samples)}",
         "## Time and versions",
-        _table(["phase", "seconds"], [[k, f"{v:.1f}"] for k, v in run.result.get("seconds", {}).items()]),
-        _table(["package", "version"], list((run.result.get("versions") or {}).items())),
+        table(["phase", "seconds"], [[k, f"{v:.1f}"] for k, v in run.result.get("seconds", {}).items()]),
+        table(["package", "version"], list((run.result.get("versions") or {}).items())),
     ]
     if run.missing:
         sections += ["## Not in this report", "\n".join(f"- {line}" for line in run.missing)]
@@ -184,10 +186,12 @@ def _write_plots(folder: Path, run: _Run) -> list[str]:
 
     with matplotlib.rc_context(_STYLE):
         figures = {"evaluation": _draw_evaluation(run.result)} if run.result.get("gain") is not None else {}
-        for plot, metrics in CURVES.items():
+        for plot, metrics in (CURVES | PROGRESS_CURVES).items():
             drawn = {name: label for name, label in metrics.items() if _logged(run.records, name)}
             if drawn:
                 figures[plot] = _draw_curves(run.records, drawn)
+        if _logged(run.records, "eval_gain") and _logged(run.records, "eval_drift"):
+            figures["drift_and_gain"] = _draw_drift_and_gain(run.records)
         for name, figure in figures.items():
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=130)
@@ -199,14 +203,41 @@ def _draw_curves(records: list[dict[str, Any]], metrics: dict[str, str]):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(metrics), 2.8), layout="constrained")
-    steps = [record["step"] for record in records]
     row = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, (name, label) in zip(row, metrics.items(), strict=True):
-        # A step without the value, or with one that is not finite, leaves a gap in the line.
-        values = [math.nan if record.get(name) is None else record[name] for record in records]
+        # A step without the value, or with one that is not finite, leaves a gap in the line; but where only some steps
+        # are measured, the line joins those.
+        measured = [record for record in records if name in record]
+        values = [math.nan if record[name] is None else record[name] for record in measured]
+        steps = [record["step"] for record in measured]
         axes.plot(steps, values, marker="o" if len(steps) <= 60 else "", color=_AFTER)
+        if all(f"{name}_{end}" in record for record in measured for end in ("low", "high")):
+            ends = [[record[f"{name}_{end}"] for record in measured] for end in ("low", "high")]
+            axes.fill_between(steps, *ends, color=_AFTER, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw_drift_and_gain(records: list[dict[str, Any]]):
+    """The way of the run from where it began: how much was gained, against how far the model has moved."""
+    from matplotlib.figure import Figure
+
+    measured = [record for record in records if record.get("eval_gain") is not None]
+    measured = [record for record in measured if record.get("eval_drift") is not None]
+    figure = Figure(figsize=(4, 2.8), layout="constrained")
+    axes = figure.subplots()
+    drift = [0.0, *(record["eval_drift"] for record in measured)]
+    gain = [0.0, *(100 * record["eval_gain"] for record in measured)]
+    axes.plot(drift, gain, marker="o", color=_AFTER)
+    for record in measured:
+        ends = 100 * record["eval_gain_low"], 100 * record["eval_gain_high"]
+        axes.vlines(record["eval_drift"], *ends, color=_AFTER, linewidth=1.0, alpha=0.5)
+    for place in sorted({0, len(measured) - 1}) if measured else ():
+        record = measured[place]
+        at = record["eval_drift"], 100 * record["eval_gain"]
+        axes.annotate(f"step {record['step']}", at, textcoords="offset points", xytext=(4, 4))
+    axes.set(xlabel="drift from the base (nats)", ylabel="gain (points)")
     return figure
 
 
@@ -247,7 +278,7 @@ def _what_was_run(run: _Run) -> str:
         rows += [[f"{section}.{key}", found[key]] for key in keys if key in found]
     rows += [[key, run.result[key]] for key in ("device", "commit", "config_hash") if key in run.result]
     link = f"Every setting: [{CONFIG_FILE}]({CONFIG_FILE})." if run.config else ""
-    return "\n\n".join(part for part in (_table(["setting", "value"], rows), link) if part)
+    return "\n\n".join(part for part in (table(["setting", "value"], rows), link) if part)
 
 
 def _before_and_after(result: dict[str, Any]) -> str:
@@ -258,7 +289,7 @@ def _before_and_after(result: dict[str, Any]) -> str:
         change = "-" if old is None or new is None else f"{new - old:+.4g}"
         rows.append([name, _number(old), _number(new), change])
     note = "Fractions of the test items; gold_logprob is in nats per token of the gold completion."
-    return f"{_table(['measure', 'before', 'after', 'change'], rows)}\n\n{note}" if rows else "Not measured."
+    return f"{table(['measure', 'before', 'after', 'change'], rows)}\n\n{note}" if rows else "Not measured."
 
 
 def _metrics_table(records: list[dict[str, Any]]) -> str:
@@ -272,7 +303,7 @@ def _metrics_table(records: list[dict[str, Any]]) -> str:
             mean = sum(values) / len(values) if values else None
             rows.append([name, _number(first.get(name)), _number(last.get(name)), _number(mean)])
     headings = ["metric", f"step {first['step']}", f"step {last['step']}", f"mean of the last {len(recent)}"]
-    text = _table(headings, rows)
+    text = table(headings, rows)
     broken = [f"{', '.join(r['nonfinite'])} at step {r['step']}" for r in records if r.get("nonfinite")]
     return text + (f"\n\n**Not finite:** {'; '.join(broken)}." if broken else "")
 
@@ -295,13 +326,6 @@ def _fenced(text: str | None) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _table(headings: list[str], rows: Sequence[Sequence[Any]]) -> str:
-    if not rows:
-        return ""
-    escaped = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *escaped])
 
 
 def _number(value: float | None) -> str:

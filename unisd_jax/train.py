@@ -23,14 +23,12 @@ from unisd_jax.collection import collect_views
 from unisd_jax.config import Config
 from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError, report_error
-from unisd_jax.eval.retention import drift_from_base
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.experiment import (
     Experiment,
     build,
     evaluate_test,
     new_state,
-    require_finite,
     shared_options,
     student_params,
 )
@@ -44,6 +42,7 @@ from unisd_jax.models import Lora, save_hf, save_peft
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.programs import StepPrograms, use_compilation_cache
+from unisd_jax.progress import Progress
 from unisd_jax.report import write_report
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.types import TrainState, Views
@@ -88,14 +87,15 @@ def run(config: Config) -> RunResult:
             print(f"continuing after step {int(state.step)}", flush=True)
         with timed(timer, "evaluation"):
             before = evaluate_before(experiment, run_dir)
-        state = train(experiment, state, data, checkpoints, run_dir, timer, started)
+        progress = Progress(experiment, before)
+        state = train(experiment, state, data, checkpoints, run_dir, progress, timer, started)
     finally:
         checkpoints.close()
     timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
     trained = student_params(experiment, state)
     with timed(timer, "evaluation"):
         after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None
-        drift = measure_drift(experiment, trained)
+        drift = progress.drift(trained, config.train.steps)
     with timed(timer, "export"):
         export(run_dir, experiment, state, trained)
     timer["total"] = time.monotonic() - started
@@ -113,6 +113,7 @@ def train(
     data: Iterator,
     checkpoints: Checkpoints,
     run_dir: Path,
+    progress: Progress,
     timer: dict[str, float],
     started: float,
 ) -> TrainState:
@@ -128,6 +129,7 @@ def train(
         run_dir,
         total_steps=config.train.steps,
         name=config.name,
+        evaluated=config.evaluation.every > 0,
         is_main=multihost.is_main(),
         wandb=options if config.logging.wandb else None,
     )
@@ -154,6 +156,8 @@ def train(
             check_metrics(metrics, config, step + 1, examples, checkpoints)
             metrics |= collection | host_metrics(experiment, views, step, begun, collected)
             metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
+            if progress.is_due(step + 1):
+                metrics |= progress.measure(student_params(experiment, state), step + 1)
             writer.log(step + 1, metrics)
             if "start_up" not in timer:
                 timer["start_up"] = time.monotonic() - started
@@ -255,19 +259,6 @@ def export(run_dir: Path, experiment: Experiment, state: TrainState, trained: di
             if multihost.is_main():
                 save_peft(run_dir / name, experiment.model, whole, base=experiment.config.model.path)
     multihost.wait_for_all("the export")
-
-
-def measure_drift(experiment: Experiment, trained: dict[str, Any]) -> float | None:
-    """Mean token JSD from the base model on unrelated prompts, in nats; None if it is switched off."""
-    tokens = experiment.config.evaluation.drift_tokens
-    if tokens == 0:
-        return None
-    drift = drift_from_base(
-        experiment.sampler, experiment.model, experiment.base, trained, experiment.chat, max_completion_length=tokens,
-        length_multiple=experiment.config.data.length_multiple,
-    )  # fmt: skip
-    require_finite("the drift from the base model", drift, experiment.config.train.steps)
-    return drift
 
 
 @contextmanager

@@ -21,7 +21,8 @@ FILES = ("mbpp", "cos_e", "scienceqa")
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_plain_and_compressed_files_are_read(name, suffix, tmp_path):
     [item] = load(name, write(tmp_path / f"rows.{suffix}", ROWS[name]))
-    assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0}
+    grades = get_task(name).grade(item.completion, item)
+    assert (grades["exact"], grades["form"]) == (1.0, 1.0)
     assert get_task(name).parse(item.completion, item) == item.answer
 
 
@@ -104,9 +105,10 @@ def test_order_of_the_options(count, position, order):
 
 
 def test_scienceqa_item(tmp_path):
-    [item] = load("scienceqa", write(tmp_path / "rows.jsonl", SCIENCEQA))
+    [item] = load("scienceqa", write(tmp_path / "rows.jsonl", SCIENCEQA | {"subject": "natural science"}))
     assert (item.id, item.answer) == ("scienceqa-31", "D")
-    assert item.details == {"options": ["iron", "ice", "rock", "steam"], "format": "free"}
+    options = ["iron", "ice", "rock", "steam"]
+    assert item.details == {"options": options, "format": "free", "subject": "natural science", "topic": ""}
     assert item.completion == "Reasoning: Steam is water as a gas.\nAnswer: D"
     assert "\n\nBackground: Gases fill their container.\n\nContext: A kettle whistles.\n\nQuestion: W" in item.prompt
     assert "Question: Which is a gas?\n\nA. iron\nB. ice\n" in item.prompt
@@ -151,53 +153,53 @@ FIVE = FOUR._replace(details={"options": [*OPTIONS, "none"], "format": "free"})
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "letter", "rule"),
     [
-        ("Reasoning: x\nAnswer: B", "B"),
-        ("**Answer: B**", "B"),
-        ("Answer: <B>", "B"),
-        ("Answer: Because\nAnswer: C", "C"),
-        ("A student said so.\nThe answer is probably C.", None),
-        ("Answer:\n\nB. foo", None),
-        ("The answer is **C**. A dog", None),
-        ("Answer: Both A", None),
-        ("I think a", None),
-        ("answer: C", "C"),
-        ("Answer: E", None),
-        ("", None),
+        ("Reasoning: x\nAnswer: B", "B", "answer_line"),
+        ("**Answer: B**", "B", "answer_line"),
+        ("Answer: <B>", "B", "answer_line"),
+        ("Answer: Because\nAnswer: C", "C", "answer_line"),
+        ("A student said so.\nThe answer is probably C.", None, "none"),
+        ("Answer:\n\nB. foo", None, "none"),
+        ("The answer is **C**. A dog", None, "none"),
+        ("Answer: Both A", None, "none"),
+        ("I think a", None, "none"),
+        ("answer: C", "C", "answer_line"),
+        ("Answer: E", None, "none"),
+        ("", None, "none"),
         # the last statement counts
-        ("Answer: A\nNo, wait.\nAnswer: B", "B"),
-        ("Answer: A\nAnswer: E", None),
-        ("Answer: B\n\nI hope this helps! A good day.", "B"),
+        ("Answer: A\nNo, wait.\nAnswer: B", "B", "answer_line"),
+        ("Answer: A\nAnswer: E", None, "none"),
+        ("Answer: B\n\nI hope this helps! A good day.", "B", "answer_line"),
         # markdown
-        ("### Final Answer: (B)", "B"),
-        ("**Answer:** B", "B"),
-        ("**Answer**: **B**", "B"),
-        ("> - Answer: `B`.", "B"),
-        ("__Answer: B__\r\n", "B"),
+        ("### Final Answer: (B)", "B", "answer_line"),
+        ("**Answer:** B", "B", "answer_line"),
+        ("**Answer**: **B**", "B", "answer_line"),
+        ("> - Answer: `B`.", "B", "answer_line"),
+        ("__Answer: B__\r\n", "B", "answer_line"),
         # what may stand after the letter
-        ("Answer: B.", "B"),
-        ("Answer: B. magnetism, of course", "B"),
-        ("Answer: B) Magnetism", "B"),
-        ("Answer: b", "B"),
-        ("Answer: B magnetism", "B"),
-        ("Answer: C (a student)", "C"),
-        ("Answer: B - because A is wrong", "B"),
-        ("Answer: A student said so", None),
-        ("Answer: a dog", None),
-        ("Answer: B2", None),
+        ("Answer: B.", "B", "answer_line"),
+        ("Answer: B. magnetism, of course", "B", "option_text"),
+        ("Answer: B) Magnetism", "B", "option_text"),
+        ("Answer: b", "B", "answer_line"),
+        ("Answer: B magnetism", "B", "option_text"),
+        ("Answer: C (a student)", "C", "option_text"),
+        ("Answer: B - because A is wrong", "B", "answer_line"),
+        ("Answer: A student said so", None, "none"),
+        ("Answer: a dog", None, "none"),
+        ("Answer: B2", None, "none"),
         # two answers are none
-        ("Answer: A or B", None),
-        ("Answer: A, B", None),
-        ("Answer: **A** and **B**", None),
-        ("Answer: (A)/(B)", None),
-        ("Answer: B\nAnswer: A or B", None),
-        ("Answer: <A, B, C or D>", None),
+        ("Answer: A or B", None, "none"),
+        ("Answer: A, B", None, "none"),
+        ("Answer: **A** and **B**", None, "none"),
+        ("Answer: (A)/(B)", None, "none"),
+        ("Answer: B\nAnswer: A or B", None, "none"),
+        ("Answer: <A, B, C or D>", None, "none"),
     ],
 )
-def test_strict_parser(text, letter):
+def test_strict_parser(text, letter, rule):
     assert choice.parse(text, FOUR) == letter
-    assert choice.grade(text, FOUR) == {"exact": float(letter == "B"), "form": float(letter is not None)}
+    assert choice.grade(text, FOUR) == {"exact": float(letter == "B"), "form": float(letter is not None), "rule": rule}
 
 
 def test_valid_letters_are_the_items_own():
@@ -211,7 +213,8 @@ def test_the_gold_reply_has_the_form_that_is_asked_for(name, tmp_path):
     for answer in choice.ANSWERS:
         for reasoning in (True, False):
             [item] = load(name, path, answer=answer, reasoning=reasoning)
-            assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0}
+            rule = "answer_line" if answer == "free" else answer
+            assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0, "rule": rule}
             assert (reasons in item.completion) is (reasoning and answer != "letter")
             assert ('"reasoning"' in item.prompt) is (reasoning and answer == "json")
             assert ("Reasoning:" in item.prompt) is (reasoning and answer == "free")
@@ -323,30 +326,30 @@ GOOD = "def add_one(x):\n    return x + 1"
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "exact", "form"),
+    ("text", "code", "outcome", "form"),
     [
-        (f"```python\n{GOOD}\n```", GOOD, 1, 1),
-        (f"Sure:\n\n```\n{GOOD}\n```\nIt adds one.", GOOD, 1, 1),
-        (f"```py\n{GOOD}", GOOD, 1, 1),  # cut off
-        (f"```python\r\n{GOOD}\r\n```", GOOD, 1, 1),
-        ("1. Like this:\n   ```python\n   def add_one(x):\n       return x + 1\n   ```", GOOD, 1, 1),
-        (f"```python\n{GOOD}\n```\n```python\nadd_one = None\n```", GOOD, 1, 1),
-        (GOOD + "\n", GOOD, 1, 0),
-        ("```python\ndef add_one(x):\n    return x\n```", "def add_one(x):\n    return x", 0, 1),
-        ("```python\ndef add_one(x:\n```", "def add_one(x:", 0, 1),
-        ("```python\ndef other(x):\n    return x + 1\n```", "def other(x):\n    return x + 1", 0, 1),
-        (f"```python\n{GOOD}\nimport sys\nsys.exit(0)\n```", f"{GOOD}\nimport sys\nsys.exit(0)", 0, 1),
-        ("```python\n```", None, 0, 1),
-        ("I do not know.", None, 0, 0),
-        ("", None, 0, 0),
-        (" \n", None, 0, 0),
-        ("def add_one(x): return '\0'", None, 0, 0),
-        ("(" * 100_000, None, 0, 0),
+        (f"```python\n{GOOD}\n```", GOOD, "pass", 1),
+        (f"Sure:\n\n```\n{GOOD}\n```\nIt adds one.", GOOD, "pass", 1),
+        (f"```py\n{GOOD}", GOOD, "pass", 1),  # cut off
+        (f"```python\r\n{GOOD}\r\n```", GOOD, "pass", 1),
+        ("1. Like this:\n   ```python\n   def add_one(x):\n       return x + 1\n   ```", GOOD, "pass", 1),
+        (f"```python\n{GOOD}\n```\n```python\nadd_one = None\n```", GOOD, "pass", 1),
+        (GOOD + "\n", GOOD, "pass", 0),
+        ("```python\ndef add_one(x):\n    return x\n```", "def add_one(x):\n    return x", "wrong_answer", 1),
+        ("```python\ndef add_one(x:\n```", "def add_one(x:", "syntax_error", 1),
+        ("```python\ndef other(x):\n    return x + 1\n```", "def other(x):\n    return x + 1", "runtime_error", 1),
+        (f"```python\n{GOOD}\nimport sys\nsys.exit(0)\n```", f"{GOOD}\nimport sys\nsys.exit(0)", "runtime_error", 1),
+        ("```python\n```", None, "no_code", 1),
+        ("I do not know.", None, "no_code", 0),
+        ("", None, "no_code", 0),
+        (" \n", None, "no_code", 0),
+        ("def add_one(x): return '\0'", None, "no_code", 0),
+        ("(" * 100_000, None, "no_code", 0),
     ],
 )
-def test_reply(add_one, text, code, exact, form):
+def test_reply(add_one, text, code, outcome, form):
     assert mbpp.parse(text, add_one) == code
-    assert mbpp.grade(text, add_one) == {"exact": exact, "form": form}
+    assert mbpp.grade(text, add_one) == {"exact": outcome == "pass", "form": form, "outcome": outcome}
 
 
 # --- the real data ---
@@ -378,7 +381,7 @@ def test_real_gold_replies_are_right(file, name):
     for row, item in zip(rows, load(name, real(file)), strict=True):
         gold = row["answer"] if isinstance(row["answer"], str) else row["choices"][row["answer"]]
         assert item.details["options"]["ABCDE".index(item.answer)] == gold.strip()
-        assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0}
+        assert get_task(name).grade(item.completion, item) == {"exact": 1.0, "form": 1.0, "rule": "answer_line"}
         assert re.fullmatch(r"(Reasoning: .+\n)?Answer: [A-E]", item.completion)
 
 
@@ -393,7 +396,7 @@ def test_real_solutions_with_a_helper_or_a_class_first():
     assert "\ndef max_chain_length(arr, n):\n" in class_first.prompt
     assert "def __init__(self, a, b):" in class_first.answer
     for item in (helper_first, class_first, items["mbpp-927"]):  # 927 has a set-up that uses the solution's class
-        assert mbpp.grade(item.completion, item) == {"exact": 1.0, "form": 1.0}
+        assert mbpp.grade(item.completion, item) == {"exact": 1.0, "form": 1.0, "outcome": "pass"}
 
 
 @pytest.mark.parametrize(("file", "count"), [("mbpp_sanitized/train", 120), ("mbpp/train", 40)])

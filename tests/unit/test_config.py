@@ -409,6 +409,19 @@ _OUT_OF_RANGE = {
     "evaluation.batch_size": ["0"],
     "evaluation.max_completion_length": ["0"],
     "evaluation.drift_tokens": ["-1"],
+    "evaluation.every": ["-1"],
+    "evaluation.every_items": ["0"],
+    "measure.samples": ["0"],
+    "measure.temperature": ["-0.1"],
+    "measure.top_p": ["0", "1.1"],
+    "measure.top_k": ["-1"],
+    "measure.min_p": ["-0.1", "1"],
+    "measure.retries": ["-1"],
+    "measure.retry_temperature": ["0"],
+    "resources.device_watts": ["0", "-1"],
+    "resources.utilization": ["0", "1.1"],
+    "resources.pue": ["0.9"],
+    "resources.carbon_g_per_kwh": ["-1"],
     "checkpoint.every": ["0"],
     "checkpoint.keep": ["0"],
     "logging.samples": ["-1"],
@@ -446,7 +459,9 @@ def test_numbers_are_finite(minimal, name, value):
         ["--objective.alpha=0"], ["--objective.alpha=1"], ["--teacher.ema_decay=0"],
         ["--teacher.ema_decay=1"], ["--rollout.top_p=1"], ["--rollout.min_p=0"],
         ["--model.lora.rank=1"], ["--checkpoint.keep=1"],
-        ["--evaluation.drift_tokens=0"], ["--logging.samples=0"], ["--seed=4294967295"],
+        ["--evaluation.drift_tokens=0"], ["--evaluation.every=1"], ["--logging.samples=0"],
+        ["--measure.samples=5", "--measure.temperature=0.7", "--measure.top_p=0.9"], ["--resources.utilization=1"],
+        ["--seed=4294967295"],
         ["--optimizer.warmup_ratio=1"], ["--optimizer.warmup_ratio=0"], ["--train.micro_batches=16"],
         ["--mesh.data=4", "--mesh.fsdp=2", "--mesh.tensor=3", "--train.micro_batches=2"],
         ["--mode=contrastive", "--objective.contrast.contrastive_weight=1", "--teacher.condition=none"],
@@ -466,6 +481,9 @@ def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
     ("overrides", "said"),
     [
         (["--train.micro_batches=3"], "train.batch_size (16) must be divisible by train.micro_batches (3)"),
+        (["--evaluation.every=5", "--evaluation.enabled=false"], "evaluation.every is 5, but evaluation.enabled is"),
+        (["--measure.samples=2"], "measure.samples is 2, but measure.temperature is 0"),
+        (["--measure.top_p=0.9"], "measure.top_p narrows what is sampled, but measure.temperature is 0"),
         (
             ["--train.micro_batches=4", "--mesh.data=2", "--mesh.fsdp=4"],
             "train.batch_size / train.micro_batches (4) must be divisible by mesh.data * mesh.fsdp (8)",
@@ -602,7 +620,9 @@ def test_the_hash_names_the_numbers_only(write):
         "rollout.source": "base", "rollout.stop": "tokenizer",
         "optimizer.schedule": "constant", "evaluation.enabled": "false",
         "head.implementation": "chunked", "model.attention": "xla", "train.remat": "layer",
-        "train.micro_batches": "2", "mesh.data": "2", "mesh.fsdp": "2",
+        "train.micro_batches": "2", "mesh.data": "2", "mesh.fsdp": "2", "resources.pue": "1.125",
+        "measure.samples": "7 --measure.temperature=0.7", "measure.top_p": "0.5 --measure.temperature=0.7",
+        "measure.top_k": "7 --measure.temperature=0.7", "measure.min_p": "0.5 --measure.temperature=0.7",
     }  # fmt: skip
     original = config_hash(load_config(everything))
     assert re.fullmatch("[0-9a-f]{12}", original)
@@ -612,8 +632,12 @@ def test_the_hash_names_the_numbers_only(write):
             continue
         config = load_config(everything, f"--{name}={value}".split(" "))
         assert config != load_config(everything), f"{name} was not changed"
-        free = name in ("teacher.cache_dir", "train.compilation_cache")
-        free |= name.split(".")[0] in ("name", "output_dir", "logging", "checkpoint", "distributed")
+        free = name in (
+            "teacher.cache_dir", "train.compilation_cache", "evaluation.every", "evaluation.every_items",
+        )  # fmt: skip
+        free |= name.split(".")[0] in (
+            "name", "output_dir", "logging", "checkpoint", "distributed", "measure", "resources",
+        )  # fmt: skip
         assert (config_hash(config) == original) is free, name
     base = CONFIGS / "base.yaml"
     nll = ["--mode=custom", "--objective.loss=nll", "--rollout.source=gold"]

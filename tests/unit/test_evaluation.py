@@ -1,19 +1,22 @@
 """Greedy evaluation and drift: batches of one shape whose filling never counts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unisd_jax.data.chat import Chat
 from unisd_jax.data.pipeline import Example
 from unisd_jax.data.tasks.base import Item, Task
 from unisd_jax.eval import retention
-from unisd_jax.eval.retention import UNRELATED_PROMPTS, drift_from_base
-from unisd_jax.eval.runner import evaluate_examples, fixed_batches, gold_logprob, greedy_replies, token_logps
+from unisd_jax.eval.batches import Rows, length_batches
+from unisd_jax.eval.generation import Reply, generate_replies, greedy
+from unisd_jax.eval.retention import UNRELATED_PROMPTS, base_replies
+from unisd_jax.eval.runner import evaluate_examples, gold_logprob
+from unisd_jax.eval.scores import Network, token_logps
 from unisd_jax.rollout import JaxSampler, Rollout
 from unisd_jax.testing import byte_tokenizer
 
@@ -61,20 +64,44 @@ class Parrot:
             text = self.texts.pop(0) if self.texts else "filling"
             tokens = self.chat.tokenizer(text)["input_ids"][: ids.shape[1]]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        return Rollout(ids, mask, np.zeros(ids.shape, np.float32), mask[:, -1], version)
+        stopped = np.isin(ids, self.chat.stop_ids).any(axis=1)
+        return Rollout(ids, mask, np.zeros(ids.shape, np.float32), stopped, version)
 
 
-def test_batches_of_exactly_one_size():
-    assert fixed_batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5, 5]]
-    assert fixed_batches([1, 2], 4) == [[1, 2, 1, 1]]
-    assert fixed_batches([1, 2], 2) == [[1, 2]]
+def test_batches_hold_similar_lengths_in_few_shapes():
+    lengths = [(30,), (3,), (31,), (5,), (90,)]
+    assert list(length_batches(lengths, size=2, multiple=8)) == [
+        Rows([1, 3], (8,)), Rows([0, 2], (48,)), Rows([4], (96,)),
+    ]  # fmt: skip
+    assert list(length_batches([(7, 2)], size=4, multiple=1)) == [Rows([0], (7, 2))]
+    assert list(length_batches([], size=4, multiple=1)) == []
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)), min_size=1, max_size=30),
+    st.integers(1, 7),
+    st.sampled_from([1, 8, 32]),
+)
+def test_every_row_is_in_one_batch_that_holds_it(lengths, size, multiple):
+    batches = list(length_batches(lengths, size=size, multiple=multiple))
+    assert sorted(number for rows in batches for number in rows.numbers) == list(range(len(lengths)))
+    for rows in batches:
+        assert len(rows.numbers) <= size and all(length % multiple == 0 for length in rows.lengths)
+        assert all(need <= has for n in rows.numbers for need, has in zip(lengths[n], rows.lengths, strict=True))
+    assert len({rows.lengths for rows in batches}) <= 10 * 7, "halves of the longest, so few shapes"
 
 
 def test_replies_are_graded_and_the_filling_is_not(toy, chat, examples):
     model, params = toy
     texts = ["yes<|im_end|>", "no<|im_end|>", "yes<|im_end|>", "neither", "yes, sir"]
     engine = Parrot(chat, texts)
-    task = Task("yes", lambda split, path: [], lambda text, item: {"exact": float(text == item.answer)})
+    kinds = {True: "right", False: "wrong"}
+
+    def grade(text, item):
+        return {"exact": float(text == item.answer), "kind": kinds[text == item.answer]}
+
+    task = Task("yes", lambda split, path: [], grade)
     result = evaluate_examples(
         engine, model, params, examples, chat, task,
         version=4, max_completion_length=LENGTH, batch_size=2, length_multiple=8,
@@ -84,21 +111,46 @@ def test_replies_are_graded_and_the_filling_is_not(toy, chat, examples):
     assert engine.shapes[0][1] % 8 == 0
     assert result.replies == ["yes", "no", "yes", "neithe", "yes, s"]
     assert [grade["exact"] for grade in result.grades] == [1, 0, 1, 0, 0]
-    assert result.means["exact"] == pytest.approx(2 / 5)
+    assert result.means["exact"] == pytest.approx(2 / 5) and "kind" not in result.means
     assert result.means["truncated_share"] == pytest.approx(2 / 5)
-    direct = gold_logprob(model, params, examples, chat, batch_size=2, length_multiple=8)
+    direct = gold_logprob(Network(model, params), examples, chat, batch_size=2, length_multiple=8)
     assert result.means["gold_logprob"] == direct
 
 
-def test_greedy_replies_do_not_depend_on_the_batch(toy, chat, examples):
+def generate(toy, chat, examples, size=2, multiple=8, **options):
     model, params = toy
     engine = JaxSampler(model)
     engine.publish(params, 0)
     prompts = [example.student for example in examples]
-    ask = functools.partial(greedy_replies, engine, prompts, chat, version=0, max_completion_length=LENGTH)
-    found = [ask(batch_size=size, length_multiple=multiple) for size, multiple in ((2, 8), (5, 1))]
+    return generate_replies(
+        engine, prompts, greedy(chat, LENGTH), key=jax.random.key(0), version=0, batch_size=size,
+        length_multiple=multiple, **options,
+    )  # fmt: skip
+
+
+def test_greedy_replies_do_not_depend_on_the_batch(toy, chat, examples):
+    found = [generate(toy, chat, examples, size, multiple) for size, multiple in ((2, 8), (5, 1))]
     assert found[0] == found[1] and len(found[0]) == 5
-    assert all(type(token) is int for reply in found[0] for token in reply)
+    assert all(type(token) is int for reply in found[0] for token in reply.ids)
+    backwards = generate(toy, chat, examples[::-1])
+    assert backwards[::-1] == found[0], "replies come in the order of the prompts"
+
+
+def test_finished_is_said_of_replies_that_end_with_a_stop_token(toy, chat, examples):
+    for reply in generate(toy, chat, examples):
+        assert reply.finished == (reply.ids[-1] in chat.stop_ids) and 1 <= len(reply.ids) <= LENGTH
+
+
+def test_known_batches_are_not_generated_again(toy, chat, examples):
+    recorded = []
+    whole = generate(toy, chat, examples, record=recorded.append)
+    assert [len(batch) for batch in recorded] == [2, 2, 1]
+    assert {row: reply for batch in recorded for row, reply in batch.items()} == dict(enumerate(whole))
+    again = []
+    known = recorded[0] | {row: Reply([1, 2], False) for row in recorded[1]}
+    found = generate(toy, chat, examples, known=known, record=again.append)
+    assert again == recorded[2:], "only what is missing"
+    assert [found[row] for row in recorded[1]] == [Reply([1, 2], False)] * 2, "what is known is kept as it is"
 
 
 def test_gold_logprob_is_the_mean_over_all_tokens(toy, chat, examples):
@@ -112,7 +164,7 @@ def test_gold_logprob_is_the_mean_over_all_tokens(toy, chat, examples):
         start = len(example.student)
         logps += [scores[at - 1, ids[0, at]] for at in range(start, ids.shape[1])]
     for batch_size in (2, 3):
-        found = gold_logprob(model, params, examples[:3], chat, batch_size=batch_size, length_multiple=8)
+        found = gold_logprob(Network(model, params), examples[:3], chat, batch_size=batch_size, length_multiple=8)
         assert found == pytest.approx(np.mean(logps), rel=1e-4)
 
 
@@ -131,10 +183,9 @@ def test_token_logps_are_those_of_the_completion(toy):
 
 def drift(toy, chat, trained, batch_size):
     model, base = toy
-    engine = JaxSampler(model)
-    return drift_from_base(
-        engine, model, base, trained, chat, max_completion_length=4, batch_size=batch_size, length_multiple=16
-    )
+    replies = base_replies(JaxSampler(model), base, chat, max_completion_length=4, batch_size=3, length_multiple=16)
+    networks = (Network(model, weights) for weights in (trained, base))
+    return retention.drift(*networks, replies, chat, batch_size=batch_size, length_multiple=16)
 
 
 @pytest.fixture

@@ -62,26 +62,28 @@ def test_errors_name_file_line_and_field(tmp_path, row, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "exact", "with_stub", "form"),
+    ("text", "outcome", "with_stub", "form"),
     [
-        (f"```python\nimport math\n{HELPER}\n{FUNCTION}\n```", 1, 1, 1),
-        (f"import math\n{HELPER}\n{FUNCTION}\n", 1, 1, 0),
-        (f"```python\nimport math\n{HELPER}\n{FUNCTION}", 1, 1, 1),  # cut off
-        (f"```python\nfrom __future__ import annotations\nimport math\n{HELPER}\n{FUNCTION}\n```", 1, 1, 1),
-        (f"```python\n{FUNCTION}\n```", 0, 1, 1),  # neither import nor helper
-        (f"```python\nimport math\n{FUNCTION}\n```", 0, 1, 1),
-        (f"```python\n{BODY}\n```", 0, 1, 1),  # the body alone
-        (f"```python\nimport math\n{HELPER}\n{FUNCTION.replace('sqrt', 'floor')}\n```", 0, 0, 1),
-        (f"```python\n{ROOTS['prompt']}```", 0, 0, 1),  # the stub as it was
-        ("```python\n```", 0, 0, 1),
-        (f"```python\n{HELPER}\nimport sys\nsys.exit(0)\n```", 0, 0, 1),
-        (f"```python\n{HELPER}\ndef root(x:\n```", 0, 0, 1),
-        ("It returns math.sqrt(x).", 0, 0, 0),
-        ("", 0, 0, 0),
+        (f"```python\nimport math\n{HELPER}\n{FUNCTION}\n```", "pass", 1, 1),
+        (f"import math\n{HELPER}\n{FUNCTION}\n", "pass", 1, 0),
+        (f"```python\nimport math\n{HELPER}\n{FUNCTION}", "pass", 1, 1),  # cut off
+        (f"```python\nfrom __future__ import annotations\nimport math\n{HELPER}\n{FUNCTION}\n```", "pass", 1, 1),
+        (f"```python\n{FUNCTION}\n```", "runtime_error", 1, 1),  # neither import nor helper
+        (f"```python\nimport math\n{FUNCTION}\n```", "runtime_error", 1, 1),
+        (f"```python\n{BODY}\n```", "syntax_error", 1, 1),  # the body alone
+        (f"```python\nimport math\n{HELPER}\n{FUNCTION.replace('sqrt', 'floor')}\n```", "wrong_answer", 0, 1),
+        (f"```python\n{ROOTS['prompt']}```", "wrong_answer", 0, 1),  # the stub as it was
+        ("```python\n```", "no_code", 0, 1),
+        (f"```python\n{HELPER}\nimport sys\nsys.exit(0)\n```", "runtime_error", 0, 1),
+        (f"```python\n{HELPER}\ndef root(x:\n```", "syntax_error", 0, 1),
+        ("It returns math.sqrt(x).", "no_code", 0, 0),
+        ("", "no_code", 0, 0),
     ],
 )
-def test_reply(roots, text, exact, with_stub, form):
-    assert humaneval.grade(text, roots) == {"exact": exact, "exact_with_stub": with_stub, "form": form}
+def test_reply(roots, text, outcome, with_stub, form):
+    assert humaneval.grade(text, roots) == {
+        "exact": outcome == "pass", "exact_with_stub": with_stub, "form": form, "outcome": outcome,
+    }  # fmt: skip
 
 
 def test_real_solutions_pass_their_tests():
@@ -92,5 +94,5 @@ def test_real_solutions_pass_their_tests():
         assert humaneval.parse(item.completion, item) == item.answer
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         grades = list(pool.map(lambda item: humaneval.grade(item.completion, item), items))
-    right = {"exact": 1.0, "exact_with_stub": 1.0, "form": 1.0}
+    right = {"exact": 1.0, "exact_with_stub": 1.0, "form": 1.0, "outcome": "pass"}
     assert [item.id for item, grade in zip(items, grades, strict=True) if grade != right] == []

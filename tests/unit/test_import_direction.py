@@ -13,7 +13,7 @@ BASE = {"errors", "io"}
 DATA_TYPES = BASE | {"types", "config"}
 MACHINERY = DATA_TYPES | {"kernels", "losses", "models", "random"}
 SIDES = {"teacher", "data", "rollout", "parallel", "optim", "checkpoint", "metrics", "report"}
-PARTS = MACHINERY | SIDES | {"step", "eval", "sandbox", "provenance"}
+PARTS = MACHINERY | SIDES | {"step", "eval", "sandbox", "provenance", "resources", "markdown"}
 
 ALLOWED = {
     "kernels": set(),
@@ -32,10 +32,11 @@ ALLOWED = {
     "optim": MACHINERY,
     "checkpoint": MACHINERY | {"parallel"},
     "metrics": MACHINERY,
-    "report": MACHINERY | {"metrics"},
+    "markdown": set(),
+    "report": MACHINERY | {"metrics", "markdown"},
     "head_pass": MACHINERY | {"teacher"},
     "step": MACHINERY | {"teacher", "parallel", "head_pass"},
-    "eval": MACHINERY | {"data", "rollout", "sandbox", "parallel"},
+    "eval": MACHINERY | {"data", "rollout", "sandbox", "parallel", "markdown", "resources"},
     "made_once": PARTS,
     "preparation": PARTS | {"made_once"},
     "inputs": PARTS | {"preparation"},
@@ -43,18 +44,33 @@ ALLOWED = {
     "collection": PARTS | {"experiment"},
     "inert": set(),
     "provenance": set(),
+    "resources": {"markdown"},
     "testing": PARTS,
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
     "programs": PARTS | {"experiment"},
     "guards": PARTS,
-    "train": PARTS | {"collection", "experiment", "guards", "inert", "interrupt", "made_once", "programs", "results"},
-    "evaluate": PARTS | {"experiment", "interrupt", "results"},
+    "train": PARTS
+    | {"collection", "experiment", "guards", "inert", "interrupt", "made_once", "programs", "progress", "results"},
+    "progress": PARTS | {"experiment"},
+    "measure": PARTS | {"experiment", "inputs"},
+    "evaluate": PARTS | {"experiment", "interrupt", "measure", "programs"},
 }
 # Modules that were split off another one for length.
 PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}
+PART_OF["sandbox_child"] = "sandbox"
 
-FOREIGN = {"torch", "vllm", "wandb", "datasets", "sentence_transformers", "bm25s", "tensorflow_datasets", "pyarrow"}
+FOREIGN = {
+    "torch",
+    "vllm",
+    "wandb",
+    "datasets",
+    "sentence_transformers",
+    "bm25s",
+    "tensorflow_datasets",
+    "pyarrow",
+    "pynvml",
+}
 
 
 def sources(root: Path, *folders: str) -> dict[Path, str]:

@@ -5,9 +5,11 @@ import copy
 import functools
 import gzip
 import io
+import itertools
 import json
 import operator
 import re
+import time
 from decimal import Decimal
 from string import ascii_uppercase
 
@@ -19,9 +21,10 @@ from task_rows import DATA, MBPP_SANITIZED, ROWS, write
 from unisd_jax.data.loading import load_items
 from unisd_jax.data.rows import Row, read_rows
 from unisd_jax.data.sources import Place
-from unisd_jax.data.tasks import Form, get_task, tooluse
+from unisd_jax.data.tasks import Form, code_reply, get_task, tooluse
 from unisd_jax.data.tasks.base import identity
 from unisd_jax.errors import UserError
+from unisd_jax.sandbox import Outcome
 
 CHECKS = settings(
     max_examples=1000, deadline=None, report_multiple_bugs=False, suppress_health_check=[HealthCheck.too_slow]
@@ -162,7 +165,8 @@ def choice_is_right(item, row, form, task, *, choices, gold, question, explanati
         assert f"Context: {hint}\n\n" in item.prompt
     if form.as_released:
         return
-    assert task.grade(item.completion, item) == {"exact": 1, "form": 1}
+    grades = task.grade(item.completion, item)
+    assert (grades["exact"], grades["form"]) == (1, 1) and grades["rule"] != "none"
     reasons = " ".join(explanation.split()) if form.reasoning and form.answer != "letter" else ""
     if form.answer == "json":
         expected = ({"reasoning": reasons} if reasons else {}) | {"answer": item.answer}
@@ -441,6 +445,62 @@ def test_a_reply_that_repeats_itself_is_read_in_time(name, text):
     task = get_task(name)
     item = task.make(Row("rows.jsonl, line 1", ROWS[name]), 0, Form(answer="json"))
     assert task.parse(text, item) is None
+
+
+# --- replies to both scorers, ours and the release's ---
+
+PIECES = (
+    "Answer:", "ANSWER:", "the answer is ", "final ", "A", "B", "E", "a", "(", ")", "**", "_", "<", '"answer"', '{"',
+    "}", '{"answer": "B"}', '{"code": "x"}', '{"tool_calls": [', '{"Action": "x", "Action_Input": {}}', "]", "[", ",",
+    "/", "-", "or ", "```", "```python\n", "```json\n", "#### ", "$", "1,234", ".5", "9", "1e999", "٣", "Action",
+    " Input", "Action Input:", "\nAction: x\nAction Input: {", "Thought", ":", "\n", " ", "\r\n", "\t", "\0", "\ud800",
+    "def f(x):\n    return x", "ß", "ſ",
+)  # fmt: skip
+# A model that repeats itself, to the end of what it may write.
+REPEATED = (*PIECES, "Answer: A-", '"answer" ', '\nAction: a\nAction Input: {"a":', "```x\n", "x```\n", "Action \n")
+STARTS = ("", "Answer:", "Answer: A", "Action: a\nAction Input: ", '"answer":')
+SCORED = [name for name in POOLS if get_task(name).released]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The items of a task and its two scorers; what code does is not looked at here."""
+    monkeypatch.setattr(code_reply, "verdict", lambda program: Outcome("pass", ""))
+
+    def items_and_scorers(name):
+        task = get_task(name)
+        items = [task.make(Row("line 1", ROWS[name]), 0, Form(answer=answer)) for answer in task.answers]
+        return items, (task.grade, task.released)
+
+    return items_and_scorers
+
+
+def is_grade(grades):
+    numbers = [value for value in grades.values() if not isinstance(value, str)]
+    return "exact" in grades and "form" in grades and all(0 <= number <= 1 for number in numbers)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_any_reply_is_scored(name, scored):
+    items, scorers = scored(name)
+
+    @CHECKS
+    @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=12).map("".join))
+    def score(text):
+        assert all(is_grade(scorer(text, item)) for item in items for scorer in scorers)
+
+    score()
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_long_reply_is_scored_in_time(name, scored):
+    items, scorers = scored(name)
+    for piece in REPEATED:
+        for text in [start + piece * (100_000 // len(piece)) for start in STARTS]:
+            for item, scorer in itertools.product(items, scorers):
+                begin = time.process_time()
+                assert is_grade(scorer(text, item))
+                assert time.process_time() - begin < 2.0, (text[:40], scorer)
 
 
 # --- files ---

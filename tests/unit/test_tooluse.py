@@ -54,6 +54,7 @@ def test_the_published_prompt_and_reply_are_kept(tmp_path):
     assert item.question == f"Weather Desk: {TOOLUSE['instruction']}"
     assert item.details == {
         "calls": [("forecast", {"city": "Oslo", "days": 3})], "format": "free", "name": "Weather Desk",
+        "written": [("forecast", '{"city": "Oslo", "days": 3}')],
     }  # fmt: skip
 
 

@@ -1,19 +1,17 @@
-"""How far training has moved the model on prompts that have nothing to do with the task."""
+"""How far training has moved a model from its base: on its replies to a task, and on unrelated prompts."""
 
-import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
-from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.chat import Chat
-from unisd_jax.eval.runner import fixed_batches, greedy_replies
-from unisd_jax.models import Model, completion_hidden, divergence_scores
-from unisd_jax.models.layout import place_rows
-from unisd_jax.parallel.multihost import gather
+from unisd_jax.eval.generation import generate_replies, greedy
+from unisd_jax.eval.scores import Network, Pairs, Sums, distance_sums
+from unisd_jax.eval.statistics import Interval, paired_bootstrap, ratio_interval
+from unisd_jax.random import purpose_key
 from unisd_jax.rollout import RolloutEngine
-from unisd_jax.types import Completions, Prompts
 
 UNRELATED_PROMPTS = (
     "Write a short note thanking a neighbour for watering the plants.",
@@ -35,50 +33,118 @@ UNRELATED_PROMPTS = (
 )
 
 
-def drift_from_base(
+def base_replies(
     engine: RolloutEngine,
-    model: Model,
     base: dict[str, Any],
-    trained: dict[str, Any],
     chat: Chat,
     *,
     max_completion_length: int,
     batch_size: int = 8,
     length_multiple: int,
-) -> float:
-    """Mean token JSD (alpha = 0.5; nats, at most ln 2) from the base model on the base's own greedy replies."""
+) -> Pairs:
+    """The base model's greedy replies to prompts that have nothing to do with any task."""
     prompts = [chat.prompt_ids([{"role": "user", "content": prompt}]) for prompt in UNRELATED_PROMPTS]
     engine.publish(base, 0)
-    replies = greedy_replies(
-        engine, prompts, chat, version=0, max_completion_length=max_completion_length, batch_size=batch_size,
-        length_multiple=length_multiple,
+    replies = generate_replies(
+        engine, prompts, greedy(chat, max_completion_length), key=purpose_key(0, 0, "evaluation"), version=0,
+        batch_size=batch_size, length_multiple=length_multiple,
     )  # fmt: skip
-    total, count, longest = 0.0, 0, max(map(len, prompts))
-    batches = fixed_batches(list(zip(prompts, replies, strict=True)), batch_size)
-    for start, rows in zip(range(0, len(prompts), batch_size), batches, strict=True):
-        views = pad_prompts([row[0] for row in rows], pad_id=chat.pad_id, multiple=length_multiple, at_least=longest)
-        ids, mask = pad_completions([row[1] for row in rows], pad_id=chat.pad_id, length=max_completion_length)
-        mask[len(prompts) - start :] = False
-        divergence = _token_jsd(base, trained, *place_rows((*views, ids, mask), model.mesh), model=model)
-        total, count = total + float(gather(divergence)[mask].sum()), count + int(mask.sum())
-    return total / count
+    return Pairs(prompts, [reply.ids for reply in replies])
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _token_jsd(
-    base: dict[str, Any],
-    trained: dict[str, Any],
-    prompt_ids: Int[Array, "B P"],
-    prompt_mask: Bool[Array, "B P"],
-    ids: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    *,
-    model: Model,
-) -> Float[Array, "B T"]:
-    def states(params):
-        hidden = completion_hidden(model, params, None, Prompts(prompt_ids, prompt_mask), Completions(ids, mask))
-        return hidden, model.head(params)
+def drift(
+    trained: Network, base: Network, replies: Pairs, chat: Chat, *, batch_size: int = 8, length_multiple: int
+) -> float:
+    """Mean token JSD (alpha = 0.5; nats, at most ln 2) of the two models over `replies`, pooled over the tokens."""
+    sums = distance_sums(
+        trained, base, replies, pad_id=chat.pad_id, batch_size=batch_size, length_multiple=length_multiple
+    )
+    return sum(row["jsd"] for row in sums) / sum(row["tokens"] for row in sums)
 
-    return divergence_scores(
-        *states(trained), *states(base), ids, mask, alpha=0.5, options=model.head_options
-    ).divergence
+
+def perplexity(sums: Sequence[Sums], logp: str = "logp", *, seed: int = 0) -> Interval | None:
+    """exp(−Σ log p / Σ tokens) over all tokens of all completions (paper, PPL_fit and PPL_ret), with its interval.
+
+    The interval is the bootstrap's over completions; None without a token.
+    """
+    if not (pooled := _pooled(sums, logp, seed)):
+        return None
+    # The perplexity falls as the mean log-prob rises, so the ends change places.
+    return Interval(*(math.exp(-value) for value in (pooled.mean, pooled.high, pooled.low)))
+
+
+def distances(sums: Sequence[Sums], *, seed: int = 0) -> dict[str, Any]:
+    """What `distance_sums` come to: means per token with bootstrap intervals over completions, and perplexities.
+
+    `ppl_base` and `ppl_adapted` are the completions' perplexities under either model.
+    """
+    names = ("jsd", "kl_from_base", "kl_to_base", "entropy_adapted", "entropy_base")
+    perplexities = {f"ppl_{which}": perplexity(sums, f"logp_{which}", seed=seed) for which in ("adapted", "base")}
+    return {
+        "completions": len(sums),
+        "empty": sum(not row["tokens"] for row in sums),
+        "tokens": int(sum(row["tokens"] for row in sums)),
+        **{name: _pooled(sums, name, seed) for name in names},
+        **perplexities,
+    }
+
+
+def released(sums: Sequence[Sums], logp: str) -> dict[str, Any]:
+    """The release's summary of the same scores: every completion counts alike, whatever its length (spec 3.7, E13).
+
+    `ppl_mean_avg` is the arithmetic mean of the perplexities of single completions, which a few outliers drive.
+    """
+    kept = [row for row in sums if row["tokens"]]
+    logps = [row[logp] / row["tokens"] for row in kept]
+    named = {"logp_mean": logps, "ppl_mean": [math.exp(-value) for value in logps]}
+    named["jsd_mean"] = [row["jsd"] / row["tokens"] for row in kept]
+    found: dict[str, Any] = {
+        "num_examples": len(kept),
+        "num_empty_completions": len(sums) - len(kept),
+        "total_tokens": int(sum(row["tokens"] for row in kept)),
+    }
+    for name, values in named.items():
+        found |= {f"{name}_avg": float(np.mean(values)) if values else None}
+        if name != "ppl_mean":
+            found[f"{name}_std"] = float(np.std(values)) if values else None
+        for title, share in (("p10", 0.1), ("p25", 0.25), ("median", 0.5), ("p75", 0.75), ("p90", 0.9)):
+            found[f"{name}_{title}"] = float(np.quantile(values, share)) if values else None
+    return found
+
+
+def paired(adapted: Sequence[Sums], base: Sequence[Sums], *, seed: int = 0) -> dict[str, Any]:
+    """The same items in both directions: the base on the adapted model's replies, less the adapted on the base's.
+
+    Args:
+      adapted: distances on the adapted model's replies.
+      base: distances on the base's replies to the same items, in the same order.
+      seed: of the bootstrap.
+    """
+    both = [(own, other) for own, other in zip(adapted, base, strict=True) if own["tokens"] and other["tokens"]]
+    if not both:
+        return {"pairs": 0}
+
+    def of_each(name: str, rows: Sequence[Sums]) -> np.ndarray:
+        return np.array([row[name] / row["tokens"] for row in rows])
+
+    own, other = zip(*both, strict=True)
+    logps = of_each("logp_base", own), of_each("logp_adapted", other)
+    return {
+        "pairs": len(both),
+        "logp_delta": paired_bootstrap(logps[1], logps[0], seed=seed),
+        "logp_delta_median": float(np.median(logps[0] - logps[1])),
+        "logp_delta_above_0": float(np.mean(logps[0] > logps[1])),
+        "jsd_delta": paired_bootstrap(of_each("jsd", other), of_each("jsd", own), seed=seed),
+    }
+
+
+def without_stop(completions: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[list[int]]:
+    """Completions without the token that ends them, as perplexities are usually counted."""
+    return [list(ids[:-1] if len(ids) and ids[-1] in stop_ids else ids) for ids in completions]
+
+
+def _pooled(sums: Sequence[Mapping[str, float]], name: str, seed: int) -> Interval | None:
+    tokens = np.array([row["tokens"] for row in sums], float)
+    if not tokens.sum():
+        return None
+    return ratio_interval(np.array([row[name] for row in sums]), tokens, seed=seed)

@@ -124,6 +124,12 @@ def cache_folder(root: str | Path, kind: str, key: Mapping[str, Any]) -> Path:
     return Path(root) / kind / hashlib.sha256(_canonical(key).encode()).hexdigest()[:16]
 
 
+def read_records(folder: Path) -> dict[str, Any]:
+    """The records of a cache that another process has open, as they are now; writes nothing."""
+    data = _read(folder / RECORDS)
+    return _parse(data[: data.rfind(b"\n") + 1])
+
+
 def is_complete(root: str | Path, kind: str, key: Mapping[str, Any]) -> bool:
     """Whether the cache of `key` is finished; writes nothing and does not read the records."""
     return (cache_folder(root, kind, key) / MANIFEST).exists()

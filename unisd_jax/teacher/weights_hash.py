@@ -17,9 +17,18 @@ def weights_hash(path: str | Path, memo_dir: str | Path) -> str:
       UserError: the directory has no configuration or no weights.
     """
     path = Path(path).resolve()
-    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    if not files[0].is_file() or len(files) < 2:
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise UserError(f"model.path: {path} is not a checkpoint, expected config.json and *.safetensors in it")
+    return _files_hash(path, [path / "config.json", *sorted(path.glob("*.safetensors"))], memo_dir)
+
+
+def adapter_hash(path: str | Path, memo_dir: str | Path) -> str:
+    """The same of an adapter in PEFT's format: its `adapter_config.json` and all `*.safetensors`."""
+    path = Path(path).resolve()
+    return _files_hash(path, [path / "adapter_config.json", *sorted(path.glob("*.safetensors"))], memo_dir)
+
+
+def _files_hash(path: Path, files: list[Path], memo_dir: str | Path) -> str:
     # One memo for each checkpoint: runs with different models do not overwrite each other's.
     memo = Path(memo_dir) / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
     known = _read_memo(memo)

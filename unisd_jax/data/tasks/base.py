@@ -11,6 +11,8 @@ from unisd_jax.data.rows import Row
 
 Family = Literal["text", "choice", "code", "tools"]
 Message = Mapping[str, str]
+# How a reply is scored: numbers are averaged over the replies, strings are categories that are counted.
+Grade = dict[str, float | str]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -60,16 +62,18 @@ class Task(NamedTuple):
 
     `make(row, position, form)` builds the item of a row; `position` is the row's place among those that `skip`, which
     gives a reason or None, lets pass. `grade(text, item)` scores a reply: fractions in [0, 1], always with the key
-    "exact". `parse(text, item)` is the canonical answer a reply gives, None if it gives none; two replies with the same
-    value agree. `train` and `test` are the splits read where the configuration names none; a task without `train` is
-    for evaluation only. `answers` are the forms of reply it can ask for. `family` says how wrong replies are made.
-    `embedded(split)` is the package's own file. `sound_gold`: a gold reply must be graded as right, else its item is
-    not trained on.
+    "exact", and strings, which are categories to be counted. `parse(text, item)` is the canonical answer a reply gives,
+    None if it gives none; two replies with the same value agree. `train` and `test` are the splits read where the
+    configuration names none; a task without `train` is for evaluation only. `answers` are the forms of reply it can ask
+    for. `family` says how wrong replies are made. `embedded(split)` is the package's own file. `sound_gold`: a gold
+    reply must be graded as right, else its item is not trained on. `released(text, item)` scores the same reply as the
+    release does, its slips included, with keys like those of `grade`. `options(item)` is one reply for each option, in
+    the order of the letters, which differ in the letter alone: their likelihoods can be compared.
     """
 
     name: str
     make: Callable[[Row, int, Form], Item]
-    grade: Callable[[str, Item], dict[str, float]]
+    grade: Callable[[str, Item], Grade]
     parse: Callable[[str, Item], str | None] = lambda text, item: whole_text(text)
     family: Family = "text"
     source: Source | None = None
@@ -79,6 +83,8 @@ class Task(NamedTuple):
     skip: Callable[[Row], str | None] = lambda row: None
     embedded: Callable[[str], Path] | None = None
     sound_gold: bool = True
+    released: Callable[[str, Item], Grade] | None = None
+    options: Callable[[Item], list[str]] | None = None
 
 
 def identity(item: Item) -> str:

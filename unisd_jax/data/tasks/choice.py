@@ -5,23 +5,26 @@ import random
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase
+from typing import Literal
 
 from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import json_reply
-from unisd_jax.data.tasks.base import Form, Item, whole_text
+from unisd_jax.data.tasks.base import Form, Grade, Item, whole_text
 
 ANSWERS = ("free", "letter", "json")
+Rule = Literal["answer_line", "option_text", "letter", "json", "none"]
 
+# Possessive where two parts could share a run of marks: a model that repeats itself must not be read in square time.
 _STATEMENT = re.compile(
     r"""^[\s>\#*_`-]*              # quote, heading, bullet or bold marks
-        (?:final\s+)?answer[*_`]*\s*:[\s*_`]*
-        [(\[<"'*_`]*([A-Z])(?![^\W_])[)\]>"'*_`]*   # the letter, bare or wrapped
+        (?:final\s+)?answer[*_`]*\s*:[\s*_`]*+
+        [(\[<"'*_`]*+([A-Z])(?![^\W_])[)\]>"'*_`]*   # the letter, bare or wrapped
         (?P<rest>.*)$""",
     re.IGNORECASE | re.VERBOSE,
 )
 _PUNCTUATION = " .,:;-–—*_`()[]<>\"'"
 # What follows the letter names another one: "or B", ", B", "/ B".
-_ALTERNATIVE = re.compile(r"\W*((?i:or|and)\b|[,/&|-])\W*[A-Z]\b")
+_ALTERNATIVE = re.compile(r"(\W*+(?i:or|and)\b|[^\w,/&|-]*+[,/&|-])\W*+[A-Z]\b")
 
 
 def make_item(
@@ -80,26 +83,37 @@ def gold_reply(letter: str, reasoning: str, form: Form) -> str:
     """
     if form.as_released:
         return f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else letter
-    if form.answer == "letter":
-        return letter
-    if not form.reasoning:
-        reasoning = ""
-    if form.answer == "json":
-        return json.dumps(({"reasoning": reasoning} if reasoning else {}) | {"answer": letter}, ensure_ascii=False)
-    return f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else f"Answer: {letter}"
+    return _reply(letter, reasoning if form.reasoning else "", form.answer)
+
+
+def option_replies(item: Item) -> list[str]:
+    """One reply per option, without reasoning and in the form that is asked for; they differ in the letter alone."""
+    letters = ascii_uppercase[: len(item.details["options"])]
+    return [_reply(letter, "", item.details["format"]) for letter in letters]
 
 
 def parse(text: str, item: Item) -> str | None:
     """The letter that a reply states in the form it was asked for; None without one or if it is no option."""
-    if item.details["format"] == "free":
+    return read(text, item)[0]
+
+
+def read(text: str, item: Item) -> tuple[str | None, Rule]:
+    """The letter as `parse` has it, and the rule that found it.
+
+    "answer_line" and "option_text" are those of `stated_letter`; "letter" and "json" read the replies of that name;
+    "none" finds no letter.
+    """
+    asked = item.details["format"]
+    if asked == "free":
         return stated_letter(text, item.details["options"])
-    given = json_reply.answer(text) if item.details["format"] == "json" else text.strip(" \n\t.()[]*`\"'")
+    given = json_reply.answer(text) if asked == "json" else text.strip(" \n\t.()[]*`\"'")
     letter = given.strip().upper() if isinstance(given, str) else ""
-    return letter if len(letter) == 1 and letter in ascii_uppercase[: len(item.details["options"])] else None
+    is_option = len(letter) == 1 and letter in ascii_uppercase[: len(item.details["options"])]
+    return (letter, asked) if is_option else (None, "none")
 
 
-def stated_letter(text: str, options: Sequence[str]) -> str | None:
-    """The letter of the reply's last line of the form `Answer: X`.
+def stated_letter(text: str, options: Sequence[str]) -> tuple[str | None, Rule]:
+    """The letter of the reply's last line of the form `Answer: X`, and whether the option's own text follows it.
 
     Markdown around the line and the letter is accepted, and after the letter punctuation or the option's own text. A
     word that begins with a letter or follows one ("A student") states nothing; two letters ("A or B") are no answer.
@@ -111,23 +125,23 @@ def stated_letter(text: str, options: Sequence[str]) -> str | None:
         letter, rest = statement[1].upper(), statement["rest"].strip()
         valid = dict(zip(ascii_uppercase, options, strict=False))
         if letter in valid and rest.lstrip(_PUNCTUATION).casefold().startswith(valid[letter].casefold()):
-            return letter
+            return letter, "option_text"
         if _ALTERNATIVE.match(rest):
-            return None
+            return None, "none"
         if not re.match(r"\w", rest):
-            return letter if letter in valid else None
-    return None
+            return (letter, "answer_line") if letter in valid else (None, "none")
+    return None, "none"
 
 
-def grade(text: str, item: Item) -> dict[str, float]:
-    """`exact`: the reply states the right letter; `form`: it states one at all, see `parse`.
+def grade(text: str, item: Item) -> Grade:
+    """`exact`: the reply states the right letter; `form`: it states one at all; `rule`: what found it, see `read`.
 
     Some rows repeat an option: each letter with the text of the right one is right.
     """
-    letter, options = parse(text, item), item.details["options"]
+    (letter, rule), options = read(text, item), item.details["options"]
     gold = options[ascii_uppercase.index(item.answer)]
     right = letter is not None and options[ascii_uppercase.index(letter)] == gold
-    return {"exact": float(right), "form": float(letter is not None)}
+    return {"exact": float(right), "form": float(letter is not None), "rule": rule}
 
 
 def choices_of(row: Row) -> list[str]:
@@ -140,6 +154,14 @@ def choices_of(row: Row) -> list[str]:
     if len(choices) > len(ascii_uppercase):
         raise row.wrong("choices", f"a list of {len(choices)} entries", "at most 26: one a letter")
     return choices
+
+
+def _reply(letter: str, reasoning: str, answer: str) -> str:
+    if answer == "letter":
+        return letter
+    if answer == "json":
+        return json.dumps(({"reasoning": reasoning} if reasoning else {}) | {"answer": letter}, ensure_ascii=False)
+    return f"Reasoning: {reasoning}\nAnswer: {letter}" if reasoning else f"Answer: {letter}"
 
 
 def _asked(question: str, options: Sequence[str], passage: str) -> str:

@@ -1,7 +1,7 @@
 """CoS-E v1.11: common-sense questions with five options, each with a person's explanation (Rajani et al. 2019)."""
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks import choice, released
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 
@@ -33,4 +33,5 @@ SOURCE = Source(
 TASK = Task(
     "cos_e", make, choice.grade, choice.parse, "choice",
     source=SOURCE, train="v1.11/train", test="v1.11/validation", answers=choice.ANSWERS,
+    released=released.grade_choice, options=choice.option_replies,
 )  # fmt: skip

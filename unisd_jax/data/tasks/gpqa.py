@@ -4,7 +4,7 @@ Its authors ask that the questions not be put where models are trained on: keep 
 """
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks import choice, released
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -38,4 +38,5 @@ SOURCE = Source(
 TASK = Task(
     "gpqa", make, choice.grade, choice.parse, "choice",
     source=SOURCE, train=None, test="gpqa_main/train", answers=choice.ANSWERS,
+    released=released.grade_choice, options=choice.option_replies,
 )  # fmt: skip

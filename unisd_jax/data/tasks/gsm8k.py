@@ -5,8 +5,8 @@ import re
 from decimal import Decimal, InvalidOperation
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks import json_reply
-from unisd_jax.data.tasks.base import Form, Item, Source, Task
+from unisd_jax.data.tasks import json_reply, released
+from unisd_jax.data.tasks.base import Form, Grade, Item, Source, Task
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"[-−]?\$?\d[\d,]*(?:\.\d+)?|[-−]?\$?\.\d+")
@@ -42,7 +42,7 @@ def parse(text: str, item: Item) -> str | None:
     return canonical(number[0]) if number else None
 
 
-def grade(text: str, item: Item) -> dict[str, float]:
+def grade(text: str, item: Item) -> Grade:
     """`exact`: the number is right; `form`: there is one where it was asked for, see `parse`."""
     value = parse(text, item)
     return {"exact": float(value == item.answer), "form": float(value is not None)}
@@ -86,4 +86,7 @@ SOURCE = Source(
     {"main": ("gsm8k", "main")},
     {"main/train": "gsm8k:1.0.0/train", "main/test": "gsm8k:1.0.0/test"},
 )
-TASK = Task("gsm8k", make, grade, parse, source=SOURCE, train="main/train", test="main/test", answers=("free", "json"))
+TASK = Task(
+    "gsm8k", make, grade, parse,
+    source=SOURCE, train="main/train", test="main/test", answers=("free", "json"), released=released.grade_number,
+)  # fmt: skip

@@ -7,8 +7,8 @@ import re
 
 from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import code_reply
-from unisd_jax.data.tasks.base import Form, Item, Source, Task
-from unisd_jax.sandbox import run_python
+from unisd_jax.data.tasks import released as release
+from unisd_jax.data.tasks.base import Form, Grade, Item, Source, Task
 
 RULES = """Complete the function above, by these rules:
 - Reply with one fenced block, opened by ```python and closed by ```, and with nothing else: no explanation, no tests, \
@@ -37,20 +37,27 @@ def make(row: Row, position: int, form: Form) -> Item:
     )
 
 
-def grade(text: str, item: Item) -> dict[str, float]:
-    """Score one reply; its code runs in the sandbox.
+def grade(text: str, item: Item) -> Grade:
+    """Score one reply.
 
     Returns:
-      exact: the code passes the tests as it is, as the release grades it.
-      exact_with_stub: it does so as it is or after the stub, as in the authors' harness, where the imports and helpers
+      exact, form, outcome: see `code_reply.grade`; the code runs as it is, as in the release.
+      exact_with_stub: it passes as it is or after the stub, as in the authors' harness, where the imports and helpers
         of the stub need not be repeated and the function's body alone will do.
-      form: the reply has a fenced block.
     """
     code, stub = parse(text, item), item.details["stub"]
-    passed = code is not None and _passes(code, item)
-    completes = passed or (code is not None and stub.strip() not in code and _passes(f"{stub.rstrip()}\n{code}", item))
-    form = code_reply.FENCE.search(text) is not None
-    return {"exact": float(passed), "exact_with_stub": float(completes), "form": float(form)}
+    alone = code_reply.grade(text, lambda code: program(code, item))
+    completes = alone["exact"] == 1 or (
+        code is not None
+        and stub.strip() not in code
+        and code_reply.verdict(program(f"{stub.rstrip()}\n{code}", item)).kind == "pass"
+    )
+    return alone | {"exact_with_stub": float(completes)}
+
+
+def released(text: str, item: Item) -> Grade:
+    """Score one reply as the release does: without the stub (its defect A3)."""
+    return release.grade_code(text, lambda code: _released_program(code, item))
 
 
 def parse(text: str, item: Item) -> str | None:
@@ -63,8 +70,10 @@ def program(code: str, item: Item) -> str:
     return f"{code}\n{item.details['test']}\ncheck({item.details['name']})\n"
 
 
-def _passes(code: str, item: Item) -> bool:
-    return run_python(program(code, item)).kind == "pass"
+def _released_program(code: str, item: Item) -> str:
+    """`program`, but the tests are not called if their own text has such a call (spec 3.4)."""
+    is_called = f"check({item.details['name']})" in item.details["test"]
+    return f"{code}\n{item.details['test']}\n" if is_called else program(code, item)
 
 
 def _check(row: Row, field: str, source: str, name: str) -> None:
@@ -78,4 +87,4 @@ def _check(row: Row, field: str, source: str, name: str) -> None:
 SOURCE = Source(
     "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", {"test": 164}, {"": ("humaneval",)}
 )
-TASK = Task("humaneval", make, grade, parse, "code", source=SOURCE, train=None, test="test")
+TASK = Task("humaneval", make, grade, parse, "code", source=SOURCE, train=None, test="test", released=released)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from unisd_jax.data.rows import Row
 from unisd_jax.data.tasks import code_reply
-from unisd_jax.data.tasks.base import Form, Item, Source, Task
-from unisd_jax.sandbox import run_python
+from unisd_jax.data.tasks import released as release
+from unisd_jax.data.tasks.base import Form, Grade, Item, Source, Task
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -40,11 +40,14 @@ def make(row: Row, position: int, form: Form) -> Item:
     )
 
 
-def grade(text: str, item: Item) -> dict[str, float]:
-    """`exact`: the reply's code passes the tests in the sandbox; `form`: the reply has a fenced block."""
-    code = parse(text, item)
-    passed = code is not None and run_python(program(code, item)).kind == "pass"
-    return {"exact": float(passed), "form": float(code_reply.FENCE.search(text) is not None)}
+def grade(text: str, item: Item) -> Grade:
+    """Score one reply, see `code_reply.grade`."""
+    return code_reply.grade(text, lambda code: program(code, item))
+
+
+def released(text: str, item: Item) -> Grade:
+    """Score one reply as the release does; what is run for a reply's code is the same."""
+    return release.grade_code(text, lambda code: program(code, item))
 
 
 def parse(text: str, item: Item) -> str | None:
@@ -53,7 +56,7 @@ def parse(text: str, item: Item) -> str | None:
 
 
 def program(code: str, item: Item) -> str:
-    """What the sandbox runs. The set-up follows the code: in some rows it uses a class that the solution defines."""
+    """What the sandbox runs, in the order of the release: in some rows the set-up uses a class of the solution."""
     return "\n".join([code, item.details["setup"], *item.details["tests"]]) + "\n"
 
 
@@ -144,4 +147,6 @@ SOURCE = Source(
     },
     {"full": ("mbpp", "full"), "sanitized": ("mbpp_sanitized", "sanitized")},
 )  # fmt: skip
-TASK = Task("mbpp", make, grade, parse, "code", source=SOURCE, train="full/train", test="sanitized/test")
+TASK = Task(
+    "mbpp", make, grade, parse, "code", source=SOURCE, train="full/train", test="sanitized/test", released=released
+)

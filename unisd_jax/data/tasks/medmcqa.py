@@ -4,7 +4,7 @@ The labels of its test split are hidden, so it is evaluated on validation.
 """
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks import choice, released
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 OPTIONS = ("opa", "opb", "opc", "opd")
@@ -33,5 +33,7 @@ SOURCE = Source(
     {"": ("medmcqa",)},
 )
 TASK = Task(
-    "medmcqa", make, choice.grade, choice.parse, "choice", source=SOURCE, test="validation", answers=choice.ANSWERS
-)
+    "medmcqa", make, choice.grade, choice.parse, "choice",
+    source=SOURCE, test="validation", answers=choice.ANSWERS,
+    released=released.grade_choice, options=choice.option_replies,
+)  # fmt: skip

@@ -1,7 +1,7 @@
 """ScienceQA, the questions without an image: school science with a lecture and a worked solution (Lu et al. 2022)."""
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks import choice
+from unisd_jax.data.tasks import choice, released
 from unisd_jax.data.tasks.base import Form, Item, Source, Task
 
 
@@ -26,6 +26,8 @@ def make(row: Row, position: int, form: Form) -> Item:
         lecture=row.optional_text("lecture"),
         hint=row.optional_text("hint"),
         explanation=row.optional_text("solution"),
+        subject=row.optional_text("subject"),
+        topic=row.optional_text("topic"),
     )  # fmt: skip
 
 
@@ -40,4 +42,7 @@ SOURCE = Source(
     {"train": 12726, "validation": 4241, "test": 4241},
     {"": ("scienceqa",)},
 )
-TASK = Task("scienceqa", make, choice.grade, choice.parse, "choice", source=SOURCE, skip=skip, answers=choice.ANSWERS)
+TASK = Task(
+    "scienceqa", make, choice.grade, choice.parse, "choice",
+    source=SOURCE, skip=skip, answers=choice.ANSWERS, released=released.grade_choice, options=choice.option_replies,
+)  # fmt: skip

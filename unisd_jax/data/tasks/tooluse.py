@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from unisd_jax.data.rows import Row
-from unisd_jax.data.tasks.base import Form, Item, Source, Task
+from unisd_jax.data.tasks import released
+from unisd_jax.data.tasks.base import Form, Grade, Item, Source, Task
 from unisd_jax.data.tasks.code_reply import FENCE
 from unisd_jax.errors import UserError
 
@@ -53,7 +54,8 @@ def make(row: Row, position: int, form: Form) -> Item:
     calls = [(action, _canonical(arguments)) for action, _, arguments in gold]
     number = row.position(row.number)
     digest = hashlib.sha256(_dump([row.fields["prompt"], instruction, gold]).encode()).hexdigest()[:8]
-    details = {"calls": calls, "format": form.answer, "name": name}
+    written = [(action, text) for action, text, _ in gold]  # for the release, which compares the values as text
+    details = {"calls": calls, "written": written, "format": form.answer, "name": name}
     return Item(
         f"tooluse-{number}-{digest}", prompt, completion, _answer(calls), details=details,
         question=f"{name}: {instruction}",
@@ -78,7 +80,7 @@ def parse(text: str, item: Item) -> str | None:
     return _answer(_calls(text, item))
 
 
-def grade(text: str, item: Item) -> dict[str, float]:
+def grade(text: str, item: Item) -> Grade:
     """Score one reply.
 
     Returns:
@@ -266,5 +268,5 @@ def _json_completion(gold: Sequence[tuple[str, str, dict[str, Any]]], response: 
 SOURCE = Source("Ahren09/ToolAlpaca", None, {"train": 4046, "test": 68}, {"": ("tooluse",)})
 TASK = Task(
     "tooluse", make, grade, parse, "tools", source=SOURCE, train="train", test="test", skip=skip,
-    answers=("free", "json"),
+    answers=("free", "json"), released=released.grade_tools,
 )  # fmt: skip

@@ -1,0 +1,393 @@
+"""Measuring checkpoints: what is written, that nothing stale is ever read, that an interrupted evaluation goes on."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import task_rows
+from run_checks import Outcome, error_line, read_metrics, read_result
+
+from unisd_jax import evaluate
+from unisd_jax.data.chat import load_chat
+from unisd_jax.models import load_hf
+from unisd_jax.rollout import JaxSampler
+from unisd_jax.testing import byte_tokenizer, tiny_checkpoint
+
+
+@pytest.fixture
+def measure(workspace, compiled_once, tmp_path, capfd):
+    """`measure(*overrides)` runs the command inside the test process."""
+
+    def run(*overrides):
+        capfd.readouterr()
+        words = ["--config", str(workspace.config), f"--output_dir={tmp_path / 'runs'}"]
+        words += [f"--teacher.cache_dir={tmp_path / 'cache'}", *overrides]
+        code = evaluate.main(words)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A checkpoint with other weights than the workspace's."""
+    return tiny_checkpoint(tmp_path / "other", seed=1)
+
+
+def folders(tmp_path):
+    return sorted((tmp_path / "runs" / "run" / "evaluation").iterdir())
+
+
+def read(folder):
+    """(summary, items) of a finished evaluation."""
+    lines = (folder / "items.jsonl").read_text().splitlines()
+    return json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+def only(tmp_path):
+    (folder,) = folders(tmp_path)
+    return read(folder)
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The rows of every batch that a sampler was asked for; `limit` stops like Ctrl-C after so many batches."""
+    generate = JaxSampler.generate
+
+    class Asked(list):
+        limit = None
+
+    asked = Asked()
+
+    def counted(self, prompt_ids, *args, **options):
+        if asked.limit is not None and len(asked) >= asked.limit:
+            raise KeyboardInterrupt
+        asked.append(len(prompt_ids))
+        return generate(self, prompt_ids, *args, **options)
+
+    monkeypatch.setattr(JaxSampler, "generate", counted)
+    return asked
+
+
+# --- What is written ---
+
+
+def test_an_evaluation_has_numbers_with_intervals_items_a_report_and_plots(measure, tmp_path):
+    outcome = measure("--evaluation.batch_size=4")
+    assert outcome.code == 0 and outcome.err == "", outcome.err
+    assert "replying to 6 items of jsonl, greedily" in outcome.out and "no measure.base" in outcome.out
+    assert re.search(r"exact +0\.\d+ +95% interval 0\.\d+ to 0\.\d+", outcome.out)
+    (folder,) = folders(tmp_path)
+    found, items = read(folder)
+    assert {path.name for path in folder.iterdir()} == {"items.jsonl", "summary.json", "report.md", "plots"}
+    assert [item["id"] for item in items] == [f"e{index}" for index in range(6)]
+    exact = found["metrics"]["exact"]
+    assert exact["mean"] == np.mean([item["grades"]["exact"] for item in items]) and exact["interval"] == "wilson"
+    assert 0 <= exact["low"] <= exact["mean"] <= exact["high"] <= 1 and exact["high"] > 0.3
+    assert found["ppl_fit"]["low"] <= found["ppl_fit"]["mean"] <= found["ppl_fit"]["high"]
+    assert found["gain"] is found["retention"] is found["before"] is None
+    assert 0 < found["minimum_detectable"] <= 1 and found["items"] == 6 and found["samples"] == 1
+    phases = found["resources"]["phases"]
+    assert phases["generation"]["completion_tokens"] == sum(item["replies"][0]["tokens"] for item in items)
+    assert phases["scoring"]["completion_tokens"] > 0 and found["resources"]["energy_source"] == "estimate"
+    report = (folder / "report.md").read_text()
+    assert "estimate" in report and f"{100 * exact['low']:.1f}, {100 * exact['high']:.1f}" in report
+    for name in re.findall(r"\((plots/\w+\.png)\)", report):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_ppl_fit_is_the_pooled_perplexity_of_the_gold_without_the_stop_token(measure, workspace, tmp_path):
+    assert measure().code == 0
+    logps = gold_logps(workspace, stop=False)
+    assert only(tmp_path)[0]["ppl_fit"]["mean"] == pytest.approx(math.exp(-np.mean(np.concatenate(logps))), rel=1e-4)
+    assert measure("--measure.score_stop=true").code == 0
+    with_stop = math.exp(-np.mean(np.concatenate(gold_logps(workspace, stop=True))))
+    values = [read(folder)[0]["ppl_fit"]["mean"] for folder in folders(tmp_path)]
+    assert any(value == pytest.approx(with_stop, rel=1e-4) for value in values)
+
+
+def gold_logps(workspace, *, stop):
+    chat, (model, params) = load_chat(workspace.model), load_hf(workspace.model)
+    found = []
+    for line in workspace.test.read_text().splitlines():
+        item = json.loads(line)
+        messages = [{"role": "user", "content": item["prompt"]}]
+        gold = chat.reply_ids(messages, item["completion"])
+        found.append(all_logps(model, params, chat.prompt_ids(messages), gold if stop else gold[:-1])[1])
+    return found
+
+
+def all_logps(model, params, prompt, completion):
+    """(log p of the whole vocabulary at each completion token, log p of the tokens), by the plainest way."""
+    ids = jnp.array([[*prompt, *completion]])
+    logits = model.logits(params, model.hidden(params, ids, jnp.ones_like(ids, bool)))
+    logps = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1].astype(jnp.float32)))
+    return logps, logps[np.arange(len(completion)), completion]
+
+
+# --- Retention ---
+
+
+def test_gain_and_retention_against_the_base(measure, workspace, other, tmp_path):
+    outcome = measure(f"--model.path={other}", f"--measure.base={workspace.model}", "--evaluation.batch_size=4")
+    assert outcome.code == 0, outcome.err
+    assert "gain over the base" in outcome.out and "drift" in outcome.out
+    found, items = only(tmp_path)
+    gain, before = found["gain"]["exact"], found["before"]["metrics"]["exact"]
+    assert gain["mean"] == pytest.approx(found["metrics"]["exact"]["mean"] - before["mean"])
+    assert {"gained", "lost", "p_value"} == set(gain["mcnemar"]) and gain["minimum_detectable"] > 0
+
+    chat, (model, base) = load_chat(workspace.model), load_hf(workspace.model)
+    adapted = load_hf(other)[1]
+    sums = {side: naive_sums(model, adapted, base, chat, items, side) for side in ("replies", "base_replies")}
+    for side, section in (("replies", "forward"), ("base_replies", "reverse")):
+        section, tokens = found["retention"][section], sums[side]["tokens"]
+        for name in ("jsd", "kl_from_base", "kl_to_base", "entropy_adapted", "entropy_base"):
+            assert section[name]["mean"] == pytest.approx(sums[side][name] / tokens, rel=1e-3), (side, name)
+            assert section[name]["low"] <= section[name]["mean"] <= section[name]["high"]
+        for which in ("adapted", "base"):
+            expected = math.exp(-sums[side][f"logp_{which}"] / tokens)
+            assert section[f"ppl_{which}"]["mean"] == pytest.approx(expected, rel=1e-3)
+        assert section["tokens"] == tokens
+    assert found["retention"]["ppl_ret"] == found["retention"]["forward"]["ppl_base"]
+    assert 0 < found["retention"]["jsd"]["mean"] < math.log(2)
+    report = (folders(tmp_path)[0] / "report.md").read_text()
+    assert "PPL_ret" in report and "drift_and_gain.png" in report
+
+
+def naive_sums(model, adapted, base, chat, items, side):
+    """`distance_sums` of all replies together, from whole logits; replies are generated again, token for token."""
+    names = "tokens logp_adapted logp_base jsd kl_from_base kl_to_base entropy_adapted entropy_base"
+    totals = dict.fromkeys(names.split(), 0.0)
+    for item in items:
+        prompt = chat.prompt_ids([{"role": "user", "content": item["prompt"]}])
+        completion = greedy(chat, model, adapted if side == "replies" else base, prompt, item[side][0]["tokens"])
+        if completion[-1] in chat.stop_ids:
+            completion = completion[:-1]
+        if not completion:
+            continue
+        (q, own), (p, others) = (all_logps(model, params, prompt, completion) for params in (adapted, base))
+        mixture = np.logaddexp(p, q) - math.log(2)
+        totals["tokens"] += len(completion)
+        totals["logp_adapted"] += own.sum()
+        totals["logp_base"] += others.sum()
+        totals["jsd"] += 0.5 * (np.exp(p) * (p - mixture) + np.exp(q) * (q - mixture)).sum()
+        totals["kl_from_base"] += (np.exp(p) * (p - q)).sum()
+        totals["kl_to_base"] += (np.exp(q) * (q - p)).sum()
+        totals["entropy_adapted"] -= (np.exp(q) * q).sum()
+        totals["entropy_base"] -= (np.exp(p) * p).sum()
+    return totals
+
+
+def greedy(chat, model, params, prompt, length):
+    ids = list(prompt)
+    for _ in range(length):
+        hidden = model.hidden(params, jnp.array([ids]), jnp.ones((1, len(ids)), bool))
+        ids.append(int(jnp.argmax(model.logits(params, hidden)[0, -1, : chat.vocab_size])))
+    return ids[len(prompt) :]
+
+
+def test_a_model_has_not_moved_from_itself(measure, workspace, tmp_path):
+    assert measure(f"--measure.base={workspace.model}").code == 0
+    found, _ = only(tmp_path)
+    assert found["gain"]["exact"]["mean"] == found["gain"]["exact"]["low"] == found["gain"]["exact"]["high"] == 0
+    retention = found["retention"]
+    assert abs(retention["jsd"]["mean"]) < 1e-6 and abs(retention["forward"]["kl_to_base"]["mean"]) < 1e-6
+    assert retention["forward"]["ppl_base"] == pytest.approx(retention["forward"]["ppl_adapted"])
+
+
+def test_an_adapter_is_measured_against_the_model_below_it_and_equals_its_export(measure, finished, tmp_path):
+    run_dir, _ = finished
+    assert measure(f"--model.lora.start={run_dir / 'adapter'}").code == 0
+    assert measure(f"--model.path={run_dir / 'hf'}").code == 0
+    assert len(folders(tmp_path)) == 2
+    found = [read(folder) for folder in folders(tmp_path)]
+    texts = [[item["replies"][0]["text"] for item in items] for _, items in found]
+    assert texts[0] == texts[1]
+    (adapted,) = (summary for summary, _ in found if summary["retention"])
+    result = read_result(run_dir)
+    assert adapted["gain"]["exact"]["mean"] == pytest.approx(result["gain"])
+    assert adapted["metrics"]["exact"]["mean"] == pytest.approx(result["after"])
+
+
+# --- Nothing stale is read, nothing is overwritten ---
+
+
+def test_a_finished_evaluation_is_read_back(measure, generated, tmp_path):
+    assert measure().code == 0
+    before = {path: path.stat().st_mtime_ns for path in folders(tmp_path)[0].rglob("*")}
+    generated.limit = 0
+    outcome = measure()
+    assert outcome.code == 0 and "has this evaluation already; delete it to measure again" in outcome.out
+    assert {path: path.stat().st_mtime_ns for path in folders(tmp_path)[0].rglob("*")} == before
+
+
+def test_everything_that_numbers_depend_on_makes_another_evaluation(measure, other, workspace, tmp_path):
+    assert measure().code == 0
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(workspace.test.read_text().replace("a3", "b3"))
+    for number, words in enumerate(
+        [
+            [f"--model.path={other}"], [f"--data.test_path={changed}"], ["--evaluation.max_completion_length=5"],
+            ["--measure.temperature=1.0"], ["--measure.temperature=1.0", "--seed=1"], ["--data.test_limit=5"],
+        ],
+        start=2,
+    ):  # fmt: skip
+        assert measure(*words).code == 0
+        assert len(folders(tmp_path)) == number, words
+    texts = {json.dumps([item["replies"][0]["text"] for item in read(folder)[1]]) for folder in folders(tmp_path)}
+    assert len(texts) >= 5, "the replies are those of the options"
+
+
+def test_replies_are_kept_when_only_the_grading_changes(measure, generated, tmp_path):
+    task = tmp_path / "mine.py"
+    task.write_text(
+        "from unisd_jax.data.tasks import Item, Task\n\n"
+        "def make(row, position, form):\n    return Item(f'm{position}', row.text('prompt'), 'a', 'a')\n\n"
+        "def grade(text, item):\n    return {'exact': 0.0}\n\nTASK = Task('mine', make, grade)\n"
+    )
+    assert measure(f"--data.task={task}").code == 0
+    task.write_text(task.read_text().replace("'exact': 0.0", "'exact': 1.0"))
+    generated.limit = len(generated)
+    assert measure(f"--data.task={task}").code == 0, "no reply was generated again"
+    means = sorted(read(folder)[0]["metrics"]["exact"]["mean"] for folder in folders(tmp_path))
+    assert means == [0, 1]
+
+
+def test_an_interrupted_evaluation_goes_on(measure, generated, workspace, other, tmp_path):
+    words = [f"--measure.base={workspace.model}", f"--model.path={other}", "--evaluation.batch_size=2"]
+    generated.limit = 2
+    outcome = measure(*words)
+    assert outcome.code == 130 and "interrupted: the same command goes on from here" in outcome.err
+    assert not (tmp_path / "runs" / "run" / "evaluation").exists()
+    generated.limit = None
+    assert measure(*words).code == 0
+    assert len(generated) == 6, "three batches each, none of them twice"
+    resumed = only(tmp_path)
+    assert measure(*words, f"--teacher.cache_dir={tmp_path / 'afresh'}", "--name=again").code == 0
+    (afresh,) = (tmp_path / "runs" / "again" / "evaluation").iterdir()
+    assert read(afresh)[1] == resumed[1]
+    assert read(afresh)[0]["retention"] == resumed[0]["retention"]
+
+
+def test_the_bases_replies_serve_every_checkpoint(measure, generated, workspace, other, tmp_path):
+    assert measure(f"--model.path={other}", f"--measure.base={workspace.model}").code == 0
+    generated.limit = len(generated) + 1
+    third = tiny_checkpoint(tmp_path / "third", seed=2)
+    assert measure(f"--model.path={third}", f"--measure.base={workspace.model}").code == 0
+
+
+# --- Several samples, retries, options ---
+
+
+def test_several_samples_give_pass_at_k(measure, tmp_path):
+    assert measure("--measure.samples=3", "--measure.temperature=1.0").code == 0
+    found, items = only(tmp_path)
+    assert set(found["pass_at_k"]) == {"1", "2", "3"} and all(len(item["replies"]) == 3 for item in items)
+    values = [found["pass_at_k"][k]["mean"] for k in "123"]
+    assert values == sorted(values) and values[0] == pytest.approx(found["metrics"]["exact"]["mean"])
+    assert len({reply["text"] for item in items for reply in item["replies"]}) > 6, "samples differ"
+
+
+TASK_WITH_FORM = """
+from unisd_jax.data.tasks import Item, Task
+
+def make(row, position, form):
+    return Item(f"m{position}", row.text("prompt"), "a", "a")
+
+def grade(text, item):
+    form = float(sum(map(ord, text)) % 3 == 0)
+    return {"exact": form, "form": form, "last": text[-1:] or "none"}
+
+TASK = Task("mine", make, grade)
+"""
+
+
+def test_retries_are_a_number_of_their_own(measure, tmp_path):
+    task = tmp_path / "mine.py"
+    task.write_text(TASK_WITH_FORM)
+    assert measure(f"--data.task={task}", "--measure.retries=3", "--measure.retry_temperature=1.5").code == 0
+    assert measure(f"--data.task={task}").code == 0
+    (again,) = (read(folder) for folder in folders(tmp_path) if read(folder)[0]["retries"])
+    (plain,) = (read(folder) for folder in folders(tmp_path) if not read(folder)[0]["retries"])
+    assert again[0]["metrics"] == plain[0]["metrics"], "the headline is the first pass"
+    retries = again[0]["retries"]
+    failed = sum(item["grades"]["form"] == 0 for item in again[1])
+    assert retries["failed_first_pass"] == failed == retries["recovered"] + retries["still_failed"] > 0
+    recovered = [item for item in again[1] if item["replies"][0].get("retry_grades", {}).get("form")]
+    assert len(recovered) == retries["recovered"] > 0
+    first_pass = plain[0]["metrics"]["exact"]["mean"]
+    assert retries["metrics"]["exact"]["mean"] == pytest.approx(first_pass + len(recovered) / 6)
+    assert sum(again[0]["counts"]["last"].values()) == 6, "categories are counted"
+
+
+def test_multiple_choice_has_the_releases_scorer_and_the_likelihood_of_the_options(measure, tmp_path):
+    changes = ({"pid": str(index), "answer": index, "subject": f"s{index % 2}"} for index in range(4))
+    rows = [task_rows.SCIENCEQA | change for change in changes]
+    path = task_rows.write(tmp_path / "rows.jsonl", *rows)
+    words = ["--data.task=scienceqa", f"--data.test_path={path}", "--measure.option_likelihood=true"]
+    outcome = measure(*words, "--data.max_prompt_length=480", "--data.form.answer=letter")
+    assert outcome.code == 0, outcome.err
+    found, _ = only(tmp_path)
+    assert set(found["released"]["metrics"]) >= {"exact", "form"} and "rule" in found["counts"]
+    assert {name: group["items"] for name, group in found["subjects"].items()} == {"s0": 2, "s1": 2}
+    options = found["option_likelihood"]
+    assert 0 < options["metrics"]["probability_of_right"]["mean"] < 1
+    assert sum(options["counts"]["chosen"].values()) == 4
+
+
+# --- Bad input, before anything is generated ---
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--measure.option_likelihood=true"], "measure.option_likelihood compares the options of multiple choice"),
+        (["--measure.samples=4"], "measure.samples is 4, but measure.temperature is 0"),
+        (["--measure.base=nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_refused_first(measure, generated, words, message):
+    generated.limit = 0
+    assert message in error_line(measure(*words))
+
+
+def test_a_base_with_another_tokenizer_is_refused(measure, generated, tmp_path):
+    generated.limit = 0
+    base = tiny_checkpoint(tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "model")
+    tokenizer.save_pretrained(base)
+    line = error_line(measure(f"--measure.base={base}"))
+    assert line.startswith("error: measure.base: ") and "another vocabulary, tokenizer or chat template" in line
+
+
+def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(measure, tmp_path):
+    outcome = measure("--dry-run", "--measure.samples=2", "--measure.temperature=1")
+    assert outcome.code == 0 and "12 replies to 6 test items" in outcome.out
+    assert not (tmp_path / "runs").exists()
+
+
+# --- During training ---
+
+
+def test_gain_and_drift_are_measured_while_training(main, tmp_path, finished):
+    outcome = main(tmp_path, "--evaluation.every=2", "--evaluation.every_items=6")
+    assert outcome.code == 0, outcome.err
+    lines, result = read_metrics(tmp_path / "run"), read_result(tmp_path / "run")
+    assert [line["step"] for line in lines if "eval_exact" in line] == [2, 4, 6]
+    last = lines[-1]
+    assert last["eval_exact"] == result["after"] and last["eval_drift"] == pytest.approx(result["drift"], rel=1e-5)
+    assert last["eval_gain"] == pytest.approx(result["gain"])
+    assert last["eval_gain_low"] <= last["eval_gain"] <= last["eval_gain_high"]
+    assert last["eval_gold_logprob"] == pytest.approx(result["after_metrics"]["gold_logprob"], rel=1e-5)
+    assert re.search(r"step .* exact +drift +ETA", outcome.out)
+    report = (tmp_path / "run" / "report.md").read_text()
+    for name in ("progress", "drift_and_gain"):
+        assert f"(plots/{name}.png)" in report and (tmp_path / "run" / "plots" / f"{name}.png").exists()
+    undisturbed = read_metrics(finished[0])
+    assert [line["loss"] for line in lines] == [line["loss"] for line in undisturbed], "training is the same"

@@ -1,0 +1,65 @@
+"""Gain and forgetting while training goes on: some test items, and the distance from the base model."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from unisd_jax.eval.retention import base_replies, drift
+from unisd_jax.eval.runner import Evaluation
+from unisd_jax.eval.scores import Network, Pairs
+from unisd_jax.eval.statistics import paired_bootstrap, wilson_interval
+from unisd_jax.experiment import Experiment, evaluate_test, require_finite
+
+
+class Progress:
+    """Measures a run's weights against where it began; `before` is the evaluation of all test items there."""
+
+    def __init__(self, experiment: Experiment, before: Evaluation | None):
+        self._experiment, self._before = experiment, before
+        self._replies: Pairs | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether `evaluation.every` asks for a measurement after this many updates."""
+        every = self._experiment.config.evaluation.every
+        return every > 0 and step % every == 0
+
+    def measure(self, params: dict[str, Any], step: int) -> dict[str, float]:
+        """The metrics `eval_...` after `step` updates: accuracy, gain over the same items before, drift.
+
+        Raises:
+          UserError: a number is not finite.
+        """
+        started, config = time.monotonic(), self._experiment.config
+        evaluation = evaluate_test(self._experiment, params, step, limit=config.evaluation.every_items)
+        exact = np.array([grade["exact"] for grade in evaluation.grades], float)
+        before = np.array([grade["exact"] for grade in self._before.grades[: len(exact)]], float)
+        found = {"eval_exact": float(exact.mean())}
+        if np.isin(exact, (0, 1)).all():
+            _, found["eval_exact_low"], found["eval_exact_high"] = wilson_interval(int(exact.sum()), len(exact))
+        gain = paired_bootstrap(before, exact, seed=config.seed)
+        found |= {"eval_gain": gain.mean, "eval_gain_low": gain.low, "eval_gain_high": gain.high}
+        found["eval_gold_logprob"] = evaluation.means["gold_logprob"]
+        if (distance := self.drift(params, step)) is not None:
+            found["eval_drift"] = distance
+        return found | {"seconds_evaluation": time.monotonic() - started}
+
+    def drift(self, params: dict[str, Any], step: int) -> float | None:
+        """Mean token JSD from the base model on unrelated prompts, in nats; None if it is switched off.
+
+        Raises:
+          UserError: it is not finite.
+        """
+        experiment = self._experiment
+        tokens, multiple = experiment.config.evaluation.drift_tokens, experiment.config.data.length_multiple
+        if tokens == 0:
+            return None
+        if self._replies is None:
+            self._replies = base_replies(
+                experiment.sampler, experiment.base, experiment.chat, max_completion_length=tokens,
+                length_multiple=multiple,
+            )  # fmt: skip
+        networks = (Network(experiment.model, weights) for weights in (params, experiment.base))
+        distance = drift(*networks, self._replies, experiment.chat, length_multiple=multiple)
+        require_finite("the drift from the base model", distance, step)
+        return distance
