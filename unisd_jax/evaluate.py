@@ -20,7 +20,7 @@ from unisd_jax.errors import ConfigError, UserError, report_error
 from unisd_jax.eval import retention, summary
 from unisd_jax.eval.grading import numeric
 from unisd_jax.eval.report import write_report
-from unisd_jax.experiment import Experiment, build, require_finite, shared_options
+from unisd_jax.experiment import Experiment, build, mesh_size, require_finite, shared_options
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.measure import (
@@ -37,7 +37,7 @@ from unisd_jax.measure import (
 from unisd_jax.parallel import multihost
 from unisd_jax.programs import use_compilation_cache
 from unisd_jax.provenance import environment
-from unisd_jax.resources import Meter, PowerConstants
+from unisd_jax.resources import Meter
 from unisd_jax.sandbox import describe_containment
 
 SUMMARY, ITEMS = "summary.json", "items.jsonl"
@@ -67,7 +67,7 @@ def run(config: Config) -> EvalResult:
     for folder in (Path(config.output_dir), Path(config.teacher.cache_dir)):
         multihost.require_shared(folder)
     use_compilation_cache(config.train.compilation_cache)
-    meter = _meter(config)
+    meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config, training=False)
         _check_task(experiment)
@@ -96,16 +96,6 @@ def read_result(folder: Path) -> EvalResult:
     exact = details["metrics"]["exact"]
     means = {name: values["mean"] for name, values in details["metrics"].items()}
     return EvalResult(folder, details["items"], means, (exact["low"], exact["high"]), details)
-
-
-def _meter(config: Config) -> Meter:
-    options = config.resources
-    return Meter(
-        devices=config.mesh.data * config.mesh.fsdp * config.mesh.tensor,
-        constants=PowerConstants(
-            options.device_watts, options.utilization, options.pue, options.carbon_g_per_kwh
-        ),
-    )  # fmt: skip
 
 
 def _check_task(experiment: Experiment) -> None:

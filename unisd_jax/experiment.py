@@ -138,6 +138,11 @@ def shared_options(config: Config) -> str:
     return json.dumps(tree)
 
 
+def mesh_size(config: Config) -> int:
+    """How many devices the configuration asks for, in all processes together."""
+    return config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+
+
 def step_settings(config: Config) -> StepSettings:
     """The static settings of the train step that a configuration asks for."""
     budget = config.objective.agreement.budget

@@ -12,6 +12,7 @@ from unisd_jax.errors import UserError
 from unisd_jax.io import write_bytes_atomic, write_text_atomic
 from unisd_jax.markdown import table
 from unisd_jax.metrics import METRICS_FILE, read_metrics
+from unisd_jax.resources import render
 
 RESULT_FILE, SAMPLES_FILE, CONFIG_FILE = "result.json", "samples.jsonl", "config.yaml"
 
@@ -83,6 +84,7 @@ def write_report(run_dir: str | Path) -> Path:
         f"## Samples\n\n{_samples(run.samples)}",
         "## Time and versions",
         table(["phase", "seconds"], [[k, f"{v:.1f}"] for k, v in run.result.get("seconds", {}).items()]),
+        "\n".join(render(run.result["resources"])) if "resources" in run.result else "",
         table(["package", "version"], list((run.result.get("versions") or {}).items())),
     ]
     if run.missing:

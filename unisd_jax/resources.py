@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from unisd_jax.config_options import ResourceOptions
 from unisd_jax.markdown import table
 
 # Watts of one device under full load, the most that the makers' data sheets name; by the start of jax's device_kind,
@@ -33,23 +34,6 @@ WATTS_PER_CPU_THREAD = 4.0
 
 _JOULES_PER_KWH = 3.6e6
 _HEADINGS = ("phase", "seconds", "prompt tokens", "completion tokens", "tokens/s")
-
-
-@dataclass(frozen=True)
-class PowerConstants:
-    """What turns time into an estimate of energy, and energy into carbon.
-
-    Attributes:
-      device_watts: of one device under full load; None: what `known_watts` says.
-      utilization: share of it that is drawn on average.
-      pue: energy of the whole data centre per energy of its devices.
-      carbon_g_per_kwh: grams of CO2 equivalent per kWh of the grid.
-    """
-
-    device_watts: float | None = None
-    utilization: float = 0.7
-    pue: float = 1.2
-    carbon_g_per_kwh: float = 475.0
 
 
 @dataclass
@@ -73,7 +57,7 @@ class Meter:
     Make it after the processes of the run have found each other: it asks jax for its devices.
     """
 
-    def __init__(self, devices: int, constants: PowerConstants) -> None:
+    def __init__(self, devices: int, constants: ResourceOptions) -> None:
         """Watches the first `devices` devices, which are those of a mesh of that size, in all processes together."""
         self._count, self._constants = devices, constants
         self._kind = jax.devices()[0].device_kind
@@ -101,6 +85,11 @@ class Meter:
         finally:
             self._settle()
             self._open.pop()
+
+    def seconds(self, name: str) -> float:
+        """What a phase has taken so far."""
+        self._settle()
+        return self._phases[name].seconds if name in self._phases else 0.0
 
     def record(self) -> dict[str, Any]:
         """All of it, as JSON has it; what was not measured or cannot be known is None.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,8 @@ def summary(
     before: Evaluation | None,
     after: Evaluation | None,
     drift: float | None,
-    seconds: dict,
+    seconds: dict[str, float],
+    resources: dict[str, Any],
 ) -> dict[str, Any]:
     """The contents of result.json."""
     config = experiment.config
@@ -102,7 +102,8 @@ def summary(
         "gain_interval": None,
         "drift": drift,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": resources["peak_memory_gib"],
+        "resources": resources,
     } | environment()
     if before is not None and after is not None:
         exact = [[grade["exact"] for grade in evaluation.grades] for evaluation in (before, after)]

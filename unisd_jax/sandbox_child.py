@@ -87,8 +87,8 @@ def main(job):
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")  # what `site` does, the rest takes longer
     contain(job)
     write(report, STARTED)
-    # The secret is meanwhile only among this frame's operands, which neither frames nor the garbage collector show. What
-    # runs after the program must not trust a name that it could have changed.
+    # The secret is meanwhile only among this frame's operands, where neither frames nor the garbage collector show it.
+    # What runs after the program must not trust a name that it could have changed.
     write(report, sys.stdin.buffer.read(job["secret"]) + attempt(program) + b"\0")
     leave(0)
 

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from unisd_jax.experiment import (
     Experiment,
     build,
     evaluate_test,
+    mesh_size,
     new_state,
     shared_options,
     student_params,
@@ -44,6 +44,7 @@ from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.progress import Progress
 from unisd_jax.report import write_report
+from unisd_jax.resources import Meter
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.types import TrainState, Views
 
@@ -70,12 +71,13 @@ def run(config: Config) -> RunResult:
         return read_result(run_dir)
     started = time.monotonic()
     use_compilation_cache(config.train.compilation_cache)
-    experiment = build(config)
-    data = training_batches(experiment)
-    if multihost.is_main():
-        write_config(run_dir, config)
-    multihost.wait_for_all("the configuration")
-    timer = {"setup": time.monotonic() - started}
+    meter = Meter(mesh_size(config), config.resources)
+    with meter.phase("setup"):
+        experiment = build(config)
+        data = training_batches(experiment)
+        if multihost.is_main():
+            write_config(run_dir, config)
+        multihost.wait_for_all("the configuration")
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     try:
         state = new_state(experiment)
@@ -85,23 +87,24 @@ def run(config: Config) -> RunResult:
             state = restored.state
             data.set_state(restored.data)
             print(f"continuing after step {int(state.step)}", flush=True)
-        with timed(timer, "evaluation"):
+        with meter.phase("evaluation"):
             before = evaluate_before(experiment, run_dir)
-        progress = Progress(experiment, before)
-        state = train(experiment, state, data, checkpoints, run_dir, progress, timer, started)
+        progress, timer = Progress(experiment, before), {}
+        state = train(experiment, state, data, checkpoints, run_dir, progress, meter, timer, started)
     finally:
         checkpoints.close()
     timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
     trained = student_params(experiment, state)
-    with timed(timer, "evaluation"):
+    with meter.phase("evaluation"):
         after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None
         drift = progress.drift(trained, config.train.steps)
-    with timed(timer, "export"):
+    with meter.phase("export"):
         export(run_dir, experiment, state, trained)
+    timer |= {name: meter.seconds(name) for name in ("setup", "evaluation", "export")}
     timer["total"] = time.monotonic() - started
     if multihost.is_main():
         write_samples(run_dir, experiment, before, after)
-        write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer))
+        write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer, meter.record()))
         write_report(run_dir)
     multihost.wait_for_all("the result")
     return read_result(run_dir)
@@ -114,6 +117,7 @@ def train(
     checkpoints: Checkpoints,
     run_dir: Path,
     progress: Progress,
+    meter: Meter,
     timer: dict[str, float],
     started: float,
 ) -> TrainState:
@@ -148,20 +152,26 @@ def train(
         while int(state.step) < config.train.steps:
             begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
             examples = next(data)
-            views, collection = collect_views(experiment, state, examples)
+            with meter.phase("rollout") as phase:
+                views, collection = collect_views(experiment, state, examples)
+                if views.sampler_logps is not None:
+                    phase.add(**view_tokens(views._replace(teacher=None, contexts=None, negative=None)))
             collected = time.monotonic()
-            views = jax.device_put(views, batch_sharding(experiment.mesh))
-            state, metrics = programs.run(state, views)
-            metrics = {name: float(value) for name, value in metrics.items()}
+            with meter.phase("update") as phase:
+                views = jax.device_put(views, batch_sharding(experiment.mesh))
+                state, metrics = programs.run(state, views)
+                metrics = {name: float(value) for name, value in metrics.items()}
+                phase.add(**view_tokens(views))
             check_metrics(metrics, config, step + 1, examples, checkpoints)
             metrics |= collection | host_metrics(experiment, views, step, begun, collected)
             metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
             if progress.is_due(step + 1):
-                metrics |= progress.measure(student_params(experiment, state), step + 1)
+                with meter.phase("evaluation"):
+                    metrics |= progress.measure(student_params(experiment, state), step + 1)
             writer.log(step + 1, metrics)
             if "start_up" not in timer:
                 timer["start_up"] = time.monotonic() - started
-                writer.message(start_up_line(timer, programs))
+                writer.message(start_up_line(timer["start_up"], meter, programs))
             for warning in inert.see(metrics):
                 writer.message(f"warning: {warning}")
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
@@ -196,11 +206,23 @@ def require_same_base(experiment: Experiment, record: dict[str, Any]) -> None:
         )
 
 
-def start_up_line(timer: dict[str, float], programs: StepPrograms) -> str:
+def view_tokens(views: Views) -> dict[str, int]:
+    """How many tokens of prompts and completions the networks read; each view reads the completions again."""
+    prompts = (views.student, views.teacher, views.contexts, views.negative)
+    masks = [view.mask for view in prompts if view is not None]
+    times = sum(mask.shape[1] if mask.ndim == 3 else 1 for mask in masks)
+    return {
+        "prompt_tokens": sum(int(jnp.sum(mask)) for mask in masks),
+        "completion_tokens": times * int(jnp.sum(views.completions.mask)),
+    }
+
+
+def start_up_line(seconds: float, meter: Meter, programs: StepPrograms) -> str:
     """Where the time before and in the first step went."""
-    parts = {"data and weights": timer["setup"], "evaluation": timer["evaluation"], "compiling": programs.seconds}
+    parts = {"data and weights": meter.seconds("setup"), "evaluation": meter.seconds("evaluation")}
+    parts["compiling"] = programs.seconds
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    return f"first step done {timer['start_up']:.1f} s after the start ({spent})"
+    return f"first step done {seconds:.1f} s after the start ({spent})"
 
 
 def training_batches(experiment: Experiment) -> Iterator[list[Example]]:
@@ -259,16 +281,6 @@ def export(run_dir: Path, experiment: Experiment, state: TrainState, trained: di
             if multihost.is_main():
                 save_peft(run_dir / name, experiment.model, whole, base=experiment.config.model.path)
     multihost.wait_for_all("the export")
-
-
-@contextmanager
-def timed(timer: dict[str, float], name: str):
-    """Adds the seconds of the block to `timer[name]`."""
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        timer[name] = timer.get(name, 0.0) + time.monotonic() - started
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from unisd_jax import resources
-from unisd_jax.resources import Meter, PowerConstants, energy_text, known_watts, phase_rows, render
+from unisd_jax.config_options import ResourceOptions
+from unisd_jax.resources import Meter, energy_text, known_watts, phase_rows, render
 
 GPU = "NVIDIA H200"
 
@@ -82,7 +83,7 @@ def nvml(monkeypatch, set_devices):
 
 def metered(clock, seconds=3600.0, *, devices=1, during=None, **constants):
     """The record of one phase of that many seconds and a million tokens."""
-    meter = Meter(devices, PowerConstants(**constants))
+    meter = Meter(devices, ResourceOptions(**constants))
     with meter.phase("generation") as phase:
         clock.now += seconds
         phase.add(prompt_tokens=600_000, completion_tokens=400_000)
@@ -96,7 +97,7 @@ def metered(clock, seconds=3600.0, *, devices=1, during=None, **constants):
 
 def test_phases_add_up_and_an_inner_one_is_not_counted_twice(clock, set_devices):
     set_devices([device()])
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     clock.now += 50  # before any phase: counted nowhere
     with meter.phase("outer") as outer:
         clock.now += 1
@@ -122,7 +123,7 @@ def test_phases_add_up_and_an_inner_one_is_not_counted_twice(clock, set_devices)
 
 def test_a_block_that_raises_is_counted_and_closes_its_phase(clock, set_devices):
     set_devices([device()])
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     with meter.phase("outer"):
         with pytest.raises(ZeroDivisionError), meter.phase("inner"):
             clock.now += 4
@@ -134,7 +135,7 @@ def test_a_block_that_raises_is_counted_and_closes_its_phase(clock, set_devices)
 
 def test_a_phase_may_hold_itself_and_an_open_one_is_in_the_record(clock, set_devices):
     set_devices([device()])
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     with meter.phase("a"):
         clock.now += 1
         with meter.phase("a"):
@@ -146,7 +147,7 @@ def test_a_phase_may_hold_itself_and_an_open_one_is_in_the_record(clock, set_dev
 
 def test_nothing_metered_divides_nothing_by_zero(clock, set_devices):
     set_devices([device()])
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     assert meter.record() | {"peak_memory_gib": 0} == {
         "phases": {}, "seconds": 0, "devices": 1, "device": GPU, "device_hours": 0.0, "peak_device_memory_gib": None,
         "peak_memory_gib": 0, "device_energy_kwh": 0.0, "energy_kwh": 0.0, "energy_source": "estimate",
@@ -235,7 +236,7 @@ def test_an_unknown_device_has_no_energy_and_says_which_option_gives_it(clock, s
 
 def test_energy_is_what_the_gpus_count_during_the_phases(clock, set_devices, nvml):
     set_devices([device(n) for n in range(4)])
-    meter = Meter(2, PowerConstants())
+    meter = Meter(2, ResourceOptions())
     nvml.joules = [joules + 500.0 for joules in nvml.joules]  # before any phase
     with meter.phase("outer"):
         nvml.joules[0] += 1e5
@@ -333,7 +334,7 @@ def test_peak_memory_is_that_of_the_devices_of_the_mesh_in_this_process(clock, s
 
 
 def test_on_this_machine():
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     with meter.phase("generation"):
         jax.numpy.ones(10).sum().block_until_ready()
     record = meter.record()
@@ -363,7 +364,7 @@ def test_the_text_of_an_estimate_shows_its_constants(clock, set_devices):
 
 def test_what_a_phase_has_not_is_a_dash(clock, set_devices):
     set_devices([device()])
-    meter = Meter(1, PowerConstants())
+    meter = Meter(1, ResourceOptions())
     with meter.phase("setup"):
         clock.now += 1.25
     assert phase_rows(meter.record()) == [["setup", "1.2", "-", "-", "-"]]
