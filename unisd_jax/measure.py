@@ -99,6 +99,11 @@ def measure(
         parallel = task.family == "code"
         grades = grade_all(task.grade, texts, items, parallel=parallel)
         released = grade_all(task.released, texts, items, parallel=parallel) if task.released else None
+    if parallel:
+        seconds = meter.seconds("grading")
+        print(
+            f"ran the code of {len(texts)} replies in {seconds:.1f} s, {len(texts) / seconds:.0f} a second", flush=True
+        )
     retried = {}
     if retries:
         with meter.phase("retries") as phase:

@@ -287,11 +287,13 @@ def _before_and_after(result: dict[str, Any]) -> str:
     before, after = result.get("before_metrics") or {}, result.get("after_metrics") or {}
     rows = []
     for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        change = "-" if old is None or new is None else f"{new - old:+.4g}"
-        rows.append([name, _number(old), _number(new), change])
+        found = (result.get("changes") or {}).get(name)
+        change = "-" if found is None else "{mean:+.4g} [{low:+.4g}, {high:+.4g}]".format(**found)
+        rows.append([name, _number(before.get(name)), _number(after.get(name)), change])
     note = "Fractions of the test items; gold_logprob is in nats per token of the gold completion."
-    return f"{table(['measure', 'before', 'after', 'change'], rows)}\n\n{note}" if rows else "Not measured."
+    return (
+        f"{table(['measure', 'before', 'after', 'change, 95% interval'], rows)}\n\n{note}" if rows else "Not measured."
+    )
 
 
 def _metrics_table(records: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import yaml
 from unisd_jax import config as configuration
 from unisd_jax.config import Config
 from unisd_jax.errors import ConfigError
+from unisd_jax.eval.grading import numeric
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.statistics import paired_bootstrap
 from unisd_jax.experiment import Experiment
@@ -106,17 +107,28 @@ def summary(
         "resources": resources,
     } | environment()
     if before is not None and after is not None:
-        exact = [[grade["exact"] for grade in evaluation.grades] for evaluation in (before, after)]
-        gain = paired_bootstrap(np.array(exact[0]), np.array(exact[1]), seed=config.seed)
+        found = changes(before, after, seed=config.seed)
         result |= {
             "before": before.means["exact"],
             "after": after.means["exact"],
-            "gain": gain.mean,
-            "gain_interval": [gain.low, gain.high],
+            "gain": found["exact"]["mean"],
+            "gain_interval": [found["exact"]["low"], found["exact"]["high"]],
+            "changes": found,
             "before_metrics": before.means,
             "after_metrics": after.means,
         }
     return result
+
+
+def changes(before: Evaluation, after: Evaluation, *, seed: int) -> dict[str, dict[str, float]]:
+    """after − before of every grade that is a number, over the same items, with its 95% interval."""
+    return {
+        name: paired_bootstrap(
+            *(np.array([grade[name] for grade in evaluation.grades], float) for evaluation in (before, after)),
+            seed=seed,
+        )._asdict()
+        for name in numeric(before.grades[0])
+    }
 
 
 def read_result(run_dir: Path) -> RunResult:

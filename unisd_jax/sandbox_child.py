@@ -176,6 +176,8 @@ def confine(libc, readable):
     rights = (1 << ACCESS_BITS[min(version, len(ACCESS_BITS)) - 1]) - 1
     network, scopes = 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0
     rules = libc.syscall(CREATE_RULESET, struct.pack("QQQ", rights, network, scopes), 24, 0, 0)
+    if rules < 0:
+        return
     inside = rights & ~(EXECUTE | MAKE_DEVICES | DEVICE_CONTROL)
     for path, allowed in [(".", inside), ("/dev/null", READ_FILE | WRITE_FILE), *((path, None) for path in readable)]:
         try:

@@ -1,5 +1,6 @@
 """Measuring checkpoints: what is written, that nothing stale is ever read, that an interrupted evaluation goes on."""
 
+import functools
 import json
 import math
 import re
@@ -123,10 +124,22 @@ def gold_logps(workspace, *, stop):
 
 def all_logps(model, params, prompt, completion):
     """(log p of the whole vocabulary at each completion token, log p of the tokens), by the plainest way."""
-    ids = jnp.array([[*prompt, *completion]])
-    logits = model.logits(params, model.hidden(params, ids, jnp.ones_like(ids, bool)))
-    logps = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1].astype(jnp.float32)))
+    logits = whole_logits(model, params, [*prompt, *completion])
+    logps = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
     return logps, logps[np.arange(len(completion)), completion]
+
+
+def whole_logits(model, params, ids):
+    """[tokens, vocabulary], in one program for all lengths."""
+    padded = np.zeros((1, 96), np.int32)
+    padded[0, : len(ids)] = ids
+    mask = np.arange(96)[None] < len(ids)
+    return np.asarray(_logits(params, padded, mask, model=model))[0, : len(ids)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(params, ids, mask, *, model):
+    return model.logits(params, model.hidden(params, ids, mask)).astype(jnp.float32)
 
 
 # --- Retention ---
@@ -186,8 +199,7 @@ def naive_sums(model, adapted, base, chat, items, side):
 def greedy(chat, model, params, prompt, length):
     ids = list(prompt)
     for _ in range(length):
-        hidden = model.hidden(params, jnp.array([ids]), jnp.ones((1, len(ids)), bool))
-        ids.append(int(jnp.argmax(model.logits(params, hidden)[0, -1, : chat.vocab_size])))
+        ids.append(int(np.argmax(whole_logits(model, params, ids)[-1, : chat.vocab_size])))
     return ids[len(prompt) :]
 
 

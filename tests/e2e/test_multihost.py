@@ -1,5 +1,6 @@
 """The command as two processes with two devices each: the numbers of one process, and no waiting for one that died."""
 
+import json
 import re
 import signal
 import socket
@@ -13,6 +14,7 @@ import yaml
 from run_checks import TRAIN_ONLY, read_metrics
 
 from unisd_jax.models import load_hf
+from unisd_jax.testing import tiny_checkpoint
 
 # One worker runs them all: they share what one process computes, and each is several processes already.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -55,7 +57,7 @@ class Processes:
     def __init__(self, star, environment, cwd):
         self._star, self._environment, self._cwd = star, environment, cwd
 
-    def start(self, output_dir, *overrides, count=2, devices=2, before="", victim=None):
+    def start(self, output_dir, *overrides, count=2, devices=2, before="", victim=None, module="train"):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
@@ -68,7 +70,7 @@ class Processes:
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(index),
                 }
-            program = "import sys; from unisd_jax import train; sys.exit(train.main(sys.argv[1:]))"
+            program = f"import sys; from unisd_jax import {module}; sys.exit({module}.main(sys.argv[1:]))"
             program = (before if index == victim else "") + "\n" + program
             command = [sys.executable, "-c", program, "--config", str(self._star), f"--output_dir={output_dir}"]
             running.append(
@@ -183,3 +185,28 @@ def test_a_coordinator_that_nobody_is_at(processes, tmp_path):
     ((code, _, err),) = processes.run(tmp_path, *overrides, "--distributed.timeout=3", count=1)
     assert code != 0 and not list(tmp_path.iterdir())
     assert "joining the other processes at 127.0.0.1:1, for at most 3 s" in err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(processes, tmp_path):
+    """Also going on after an interruption: what is kept is written by one process and read by both."""
+    base, cache = tiny_checkpoint(tmp_path / "base", seed=1), f"--teacher.cache_dir={tmp_path / 'cache'}"
+    words = [f"--measure.base={base}", "--mesh.fsdp=4", "--measure.retries=1", "--evaluation.batch_size=4"]
+    ((code, _, err),) = processes.run(tmp_path / "alone", *words, count=1, devices=4, module="evaluate")
+    assert code == 0, err
+    for code, _, err in processes.run(tmp_path / "two", *words, cache, module="evaluate"):
+        assert code == 0, err
+    found, expected = (
+        json.loads(next((tmp_path / name / "run" / "evaluation").glob("*/summary.json")).read_text())
+        for name in ("two", "alone")
+    )
+    assert found["metrics"] == expected["metrics"] and found["gain"] == expected["gain"]
+    assert found["retention"]["jsd"]["mean"] == pytest.approx(expected["retention"]["jsd"]["mean"], rel=1e-3)
+    for folder in (tmp_path / "cache" / "distances").glob("*/"):
+        lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+        (folder / "records.jsonl").write_text("".join(lines[:4]))
+        (folder / "manifest.json").unlink()
+    for code, _, err in processes.run(tmp_path / "again", *words, cache, module="evaluate"):
+        assert code == 0, err
+    again = json.loads(next((tmp_path / "again" / "run" / "evaluation").glob("*/summary.json")).read_text())
+    assert again["retention"] == found["retention"]

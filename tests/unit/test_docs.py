@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/tasks.md",
+    "docs/evaluation.md",
     "docs/mechanisms.md",
     "docs/checkpoints.md",
     "docs/scaling.md",
@@ -68,8 +69,9 @@ def test_every_difference_has_a_test_that_exists():
     rows = [line for line in page("docs/differences.md").splitlines() if line.startswith("| D-")]
     assert [int(row[4:6]) for row in rows] == list(range(1, 27))
     of_data = [line for line in page("docs/tasks.md").splitlines() if line.startswith("| A")]
-    assert len(of_data) == 18
-    for row in rows + of_data:
+    of_evaluation = [line for line in page("docs/evaluation.md").splitlines() if re.match(r"\| [ERS]\d", line)]
+    assert len(of_data) == 18 and len(of_evaluation) == 19
+    for row in rows + of_data + of_evaluation:
         named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", row.split("|")[-2])
         assert named, row
         for path, test in named:

@@ -13,8 +13,8 @@ import pytest
 
 from unisd_jax import metrics
 from unisd_jax.errors import UserError
-from unisd_jax.metrics import COLUMNS, MetricsWriter, read_metrics
-from unisd_jax.report import CURVES
+from unisd_jax.metrics import COLUMNS, EVALUATION_COLUMNS, MetricsWriter, read_metrics
+from unisd_jax.report import CURVES, PROGRESS_CURVES
 
 VALUES = {
     "loss": 0.5,
@@ -348,6 +348,8 @@ def test_wandb_not_installed_names_the_option_and_the_extra(tmp_path, monkeypatc
 
 
 def test_every_metric_that_is_shown_or_drawn_is_documented():
-    documented = set(re.findall(r"^\| `(\w+)` \|", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE))
-    used = {*COLUMNS.values(), *(name for curves in CURVES.values() for name in curves)}
+    rows = re.findall(r"^\| (`[^|]+) \|", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    drawn = CURVES | PROGRESS_CURVES
+    used = {*COLUMNS.values(), *EVALUATION_COLUMNS.values(), *(name for curves in drawn.values() for name in curves)}
     assert used <= documented

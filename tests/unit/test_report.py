@@ -20,6 +20,7 @@ RESULT = {
     "gain": 0.52,
     "gain_interval": [0.45, 0.585],
     "before_metrics": {"exact": 0.02, "form": 0.02, "contains": 0.84, "gold_logprob": -1.92},
+    "changes": {"contains": {"mean": -0.34, "low": -0.42, "high": -0.26}},
     "after_metrics": {"exact": 0.54, "form": 0.98, "contains": 0.5, "gold_logprob": -0.3},
     "drift": 0.0123,
     "items": 200,
@@ -81,7 +82,10 @@ def test_whole_run(tmp_path):
     assert "**+52.0 [+45.0, +58.5]** points" in report and "0.0123 nats" in report
     assert "| teacher.placement | turns |" in section(report, "What was run")
     assert "| seed | 7 |" in section(report, "What was run")
-    assert "| contains | 0.84 | 0.5 | -0.34 |" in section(report, "Before and after")
+    assert "| contains | 0.84 | 0.5 | -0.34 [-0.42, -0.26] |" in section(report, "Before and after")
+    assert "| gold_logprob | -1.92 | -0.3 | - |" in section(report, "Before and after"), (
+        "no difference without interval"
+    )
     assert "| metric | step 1 | step 4 | mean of the last 4 |" in section(report, "Training")
     assert "| loss | 1 | 0.25 | 0.5208 |" in section(report, "Training")
     assert "| jax | 0.10.2 |" in section(report, "Time and versions")

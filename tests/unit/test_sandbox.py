@@ -330,7 +330,7 @@ ATTACKS = {
     "threads": ("import threading\nwhile True: threading.Thread(target=input).start()", "runtime_error"),
     "memory_at_once": ("x = [0] * 10**10", "memory"),
     "memory_in_large_pieces": ("x = []\nwhile True: x.append(' ' * 10**6)", "memory"),
-    "memory_in_small_pieces": ("x = []\nwhile True: x = [x, {}]", "memory"),
+    "memory_in_small_pieces": ("x = []\nwhile True: x.append([])", "memory"),
     "file_of_10_gb": ("f = open('x', 'wb')\nfor _ in range(10**4): f.write(b'x' * 10**6)", "runtime_error"),
     "sparse_file_of_10_gb": ("open('x', 'wb').truncate(10**10)", "runtime_error"),
     "many_large_files": ("i = 0\nwhile True:\n    i += 1\n    open(f'{i}', 'wb').write(b'x' * 2**24)", "runtime_error"),
