@@ -31,6 +31,7 @@ from unisd_jax.models.layout import place
 from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.preparation import shared_views
 from unisd_jax.random import purpose_key
+from unisd_jax.resources import Phase
 from unisd_jax.rollout import JaxSampler, Sampling
 from unisd_jax.step import StepSettings, init_state, weights
 from unisd_jax.teacher import student_messages
@@ -224,19 +225,23 @@ def student_params(experiment: Experiment, state: TrainState) -> dict[str, Any]:
 
 
 def evaluate_test(
-    experiment: Experiment, params: dict[str, Any], version: int, *, limit: int | None = None
+    experiment: Experiment, params: dict[str, Any], version: int, phase: Phase, *, limit: int | None = None
 ) -> Evaluation:
-    """The test items, all or the first `limit`, answered greedily without a demonstration.
+    """The test items, all or the first `limit`, answered greedily without a demonstration; counts tokens in `phase`.
 
     Raises:
       UserError: a mean is not finite: the weights are unusable.
     """
-    options = experiment.config.evaluation
+    options, examples = experiment.config.evaluation, experiment.test[:limit]
     evaluation = evaluate_examples(
-        experiment.sampler, experiment.model, params, experiment.test[:limit], experiment.chat, experiment.task,
+        experiment.sampler, experiment.model, params, examples, experiment.chat, experiment.task,
         version=version, max_completion_length=options.max_completion_length, batch_size=options.batch_size,
         length_multiple=experiment.config.data.length_multiple,
     )  # fmt: skip
+    phase.add(
+        prompt_tokens=sum(2 * len(example.student) for example in examples),  # for its reply, and before its gold reply
+        completion_tokens=sum(len(example.gold) for example in examples) + sum(evaluation.reply_tokens),
+    )
     for name, value in evaluation.means.items():
         require_finite(f"{name} of the test items", value, version)
     return evaluation

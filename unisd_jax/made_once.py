@@ -5,7 +5,6 @@ weights.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from unisd_jax.eval.generation import generate_replies
 from unisd_jax.models import local_checkpoint
 from unisd_jax.random import purpose_key
 from unisd_jax.rollout import JaxSampler, Sampling
+from unisd_jax.sandbox import usable_cpus
 from unisd_jax.teacher.cache import RecordCache, is_complete, open_cache, stale, text_hash
 from unisd_jax.teacher.induction import Generate, example_groups, induce
 from unisd_jax.teacher.negatives import Problem, model_negatives, require_coverage, rule_negatives
@@ -65,7 +65,7 @@ def sound_items(config: Config, task: Task, items: Sequence[Item], *, read_only:
         key = _cache_key(config, items, None) | {"task": task.name}
         with _cache(config, "demonstrations", key, total=len(items), read_only=read_only) as (cache, advance):
             waiting = [item for item in items if item.id not in cache.records]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(usable_cpus()) as pool:
                 for start in range(0, len(waiting), CALL_SIZE):
                     some = waiting[start : start + CALL_SIZE]
                     verdicts = zip(some, pool.map(is_right, some), strict=True)

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from unisd_jax.eval import summary
 from unisd_jax.eval.retention import base_replies, drift
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.scores import Network, Pairs
-from unisd_jax.eval.statistics import paired_bootstrap, wilson_interval
 from unisd_jax.experiment import Experiment, evaluate_test, require_finite
+from unisd_jax.resources import Phase
 
 
 class Progress:
@@ -24,21 +25,21 @@ class Progress:
         every = self._experiment.config.evaluation.every
         return every > 0 and step % every == 0
 
-    def measure(self, params: dict[str, Any], step: int) -> dict[str, float]:
+    def measure(self, params: dict[str, Any], step: int, phase: Phase) -> dict[str, float]:
         """The metrics `eval_...` after `step` updates: accuracy, gain over the same items before, drift.
+
+        Tokens are counted in `phase`.
 
         Raises:
           UserError: a number is not finite.
         """
         started, config = time.monotonic(), self._experiment.config
-        evaluation = evaluate_test(self._experiment, params, step, limit=config.evaluation.every_items)
+        evaluation = evaluate_test(self._experiment, params, step, phase, limit=config.evaluation.every_items)
         exact = np.array([grade["exact"] for grade in evaluation.grades], float)
         before = np.array([grade["exact"] for grade in self._before.grades[: len(exact)]], float)
-        found = {"eval_exact": float(exact.mean())}
-        if np.isin(exact, (0, 1)).all():
-            _, found["eval_exact_low"], found["eval_exact_high"] = wilson_interval(int(exact.sum()), len(exact))
-        gain = paired_bootstrap(before, exact, seed=config.seed)
-        found |= {"eval_gain": gain.mean, "eval_gain_low": gain.low, "eval_gain_high": gain.high}
+        own, gain = summary.estimate(exact, seed=config.seed), summary.gain(before, exact, seed=config.seed)
+        found = {"eval_exact": own["mean"], "eval_exact_low": own["low"], "eval_exact_high": own["high"]}
+        found |= {"eval_gain": gain["mean"], "eval_gain_low": gain["low"], "eval_gain_high": gain["high"]}
         found["eval_gold_logprob"] = evaluation.means["gold_logprob"]
         if (distance := self.drift(params, step)) is not None:
             found["eval_drift"] = distance

@@ -15,6 +15,7 @@ import jax
 
 from unisd_jax.config_options import ResourceOptions
 from unisd_jax.markdown import table
+from unisd_jax.sandbox import usable_cpus
 
 # Watts of one device under full load, the most that the makers' data sheets name; by the start of jax's device_kind,
 # what is more special first. TPUs have no such sheets.
@@ -185,8 +186,7 @@ def known_watts(device_kind: str, local_devices: int = 1) -> float | None:
       local_devices: devices of this process that share its CPU threads, where they are CPU devices.
     """
     if device_kind.lower() == "cpu":
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return WATTS_PER_CPU_THREAD * threads / max(local_devices, 1)
+        return WATTS_PER_CPU_THREAD * usable_cpus() / max(local_devices, 1)
     return next((watts for name, watts in WATTS.items() if device_kind.startswith(name)), None)
 
 

@@ -6,15 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from unisd_jax import config as configuration
 from unisd_jax.config import Config
 from unisd_jax.errors import ConfigError
-from unisd_jax.eval.grading import numeric
 from unisd_jax.eval.runner import Evaluation
-from unisd_jax.eval.statistics import paired_bootstrap
+from unisd_jax.eval.summary import gain, item_scores
 from unisd_jax.experiment import Experiment
 from unisd_jax.io import write_text_atomic
 from unisd_jax.provenance import environment
@@ -120,15 +118,10 @@ def summary(
     return result
 
 
-def changes(before: Evaluation, after: Evaluation, *, seed: int) -> dict[str, dict[str, float]]:
+def changes(before: Evaluation, after: Evaluation, *, seed: int) -> dict[str, dict[str, Any]]:
     """after − before of every grade that is a number, over the same items, with its 95% interval."""
-    return {
-        name: paired_bootstrap(
-            *(np.array([grade[name] for grade in evaluation.grades], float) for evaluation in (before, after)),
-            seed=seed,
-        )._asdict()
-        for name in numeric(before.grades[0])
-    }
+    old, new = (item_scores(evaluation.grades, 1) for evaluation in (before, after))
+    return {name: gain(old[name], new[name], seed=seed) for name in old}
 
 
 def read_result(run_dir: Path) -> RunResult:

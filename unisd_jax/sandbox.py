@@ -103,10 +103,13 @@ def run_many(
     Raises:
       OSError: as `run_python`.
     """
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
         return list(pool.map(functools.partial(run_python, timeout=timeout, memory_mb=memory_mb), programs))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: a job often has a few of a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.progress import Progress
 from unisd_jax.report import write_report
-from unisd_jax.resources import Meter
+from unisd_jax.resources import Meter, Phase
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.types import TrainState, Views
 
@@ -87,16 +87,16 @@ def run(config: Config) -> RunResult:
             state = restored.state
             data.set_state(restored.data)
             print(f"continuing after step {int(state.step)}", flush=True)
-        with meter.phase("evaluation"):
-            before = evaluate_before(experiment, run_dir)
+        with meter.phase("evaluation") as phase:
+            before = evaluate_before(experiment, run_dir, phase)
         progress, timer = Progress(experiment, before), {}
         state = train(experiment, state, data, checkpoints, run_dir, progress, meter, timer, started)
     finally:
         checkpoints.close()
     timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
     trained = student_params(experiment, state)
-    with meter.phase("evaluation"):
-        after = evaluate_test(experiment, trained, config.train.steps) if config.evaluation.enabled else None
+    with meter.phase("evaluation") as phase:
+        after = evaluate_test(experiment, trained, config.train.steps, phase) if config.evaluation.enabled else None
         drift = progress.drift(trained, config.train.steps)
     with meter.phase("export"):
         export(run_dir, experiment, state, trained)
@@ -150,24 +150,13 @@ def train(
         for earlier in read_metrics(run_dir / METRICS_FILE) if int(state.step) > 0 else ():
             inert.see({name: math.nan if value is None else value for name, value in earlier.items()})
         while int(state.step) < config.train.steps:
-            begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
-            examples = next(data)
-            with meter.phase("rollout") as phase:
-                views, collection = collect_views(experiment, state, examples)
-                if views.sampler_logps is not None:
-                    phase.add(**view_tokens(views._replace(teacher=None, contexts=None, negative=None)))
-            collected = time.monotonic()
-            with meter.phase("update") as phase:
-                views = jax.device_put(views, batch_sharding(experiment.mesh))
-                state, metrics = programs.run(state, views)
-                metrics = {name: float(value) for name, value in metrics.items()}
-                phase.add(**view_tokens(views))
+            step, examples = int(state.step), next(data)
+            state, metrics = one_step(experiment, state, examples, programs, meter)
             check_metrics(metrics, config, step + 1, examples, checkpoints)
-            metrics |= collection | host_metrics(experiment, views, step, begun, collected)
-            metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
-            if progress.is_due(step + 1):
-                with meter.phase("evaluation"):
-                    metrics |= progress.measure(student_params(experiment, state), step + 1)
+            # A run that is to stop has no time for it: what is not saved is lost.
+            if progress.is_due(step + 1) and not any(multihost.largest(int(stop.requested))):
+                with meter.phase("evaluation") as phase:
+                    metrics |= progress.measure(student_params(experiment, state), step + 1, phase)
             writer.log(step + 1, metrics)
             if "start_up" not in timer:
                 timer["start_up"] = time.monotonic() - started
@@ -184,6 +173,26 @@ def train(
                 raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
     checkpoints.wait()
     return state
+
+
+def one_step(
+    experiment: Experiment, state: TrainState, examples: Sequence[Example], programs: StepPrograms, meter: Meter
+) -> tuple[TrainState, dict[str, float]]:
+    """Collects the views of a batch and updates; the metrics are those of the step and what the host knows of it."""
+    begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
+    with meter.phase("rollout") as phase:
+        views, collection = collect_views(experiment, state, examples)
+        if views.sampler_logps is not None:
+            phase.add(**view_tokens(views._replace(teacher=None, contexts=None, negative=None)))
+    collected = time.monotonic()
+    with meter.phase("update") as phase:
+        views = jax.device_put(views, batch_sharding(experiment.mesh))
+        state, metrics = programs.run(state, views)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        phase.add(**view_tokens(views))
+    metrics |= collection | host_metrics(experiment, views, step, begun, collected)
+    metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
+    return state, metrics
 
 
 def base_revision(experiment: Experiment) -> str | None:
@@ -253,7 +262,7 @@ def host_metrics(experiment: Experiment, views: Views, step: int, started: float
     }
 
 
-def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
+def evaluate_before(experiment: Experiment, run_dir: Path, phase: Phase) -> Evaluation | None:
     """The starting point's evaluation; kept in the run directory, so that a resumed run does not repeat it."""
     if not experiment.config.evaluation.enabled:
         return None
@@ -263,7 +272,7 @@ def evaluate_before(experiment: Experiment, run_dir: Path) -> Evaluation | None:
         print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
         adapted = experiment.config.model.lora.start is not None
         start = student_params(experiment, new_state(experiment)) if adapted else experiment.base
-        evaluation = evaluate_test(experiment, start, 0)
+        evaluation = evaluate_test(experiment, start, 0, phase)
         if multihost.is_main():
             write_json_atomic(path, evaluation._asdict())
         multihost.wait_for_all("the evaluation of the starting point")

@@ -1,5 +1,6 @@
 """Measuring checkpoints: what is written, that nothing stale is ever read, that an interrupted evaluation goes on."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,13 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import task_rows
 from run_checks import Outcome, error_line, read_metrics, read_result
 
 from unisd_jax import evaluate
+from unisd_jax.config import load_config
 from unisd_jax.data.chat import load_chat
+from unisd_jax.experiment import build
 from unisd_jax.models import load_hf
 from unisd_jax.rollout import JaxSampler
+from unisd_jax.subject import adapted_and_base, result_identity
 from unisd_jax.testing import byte_tokenizer, tiny_checkpoint
 
 
@@ -144,15 +149,37 @@ def _logits(params, ids, mask, *, model):
 
 # --- Retention ---
 
+# A grade at which two random models differ.
+EVEN = """
+from unisd_jax.data.tasks import Item, Task
+
+def make(row, position, form):
+    return Item(f"m{position}", row.text("prompt"), row.text("completion"), "a")
+
+def grade(text, item):
+    return {"exact": 0.0, "even": float(sum(map(ord, text)) % 2 == 0)}
+
+TASK = Task("even", make, grade)
+"""
+
 
 def test_gain_and_retention_against_the_base(measure, workspace, other, tmp_path):
-    outcome = measure(f"--model.path={other}", f"--measure.base={workspace.model}", "--evaluation.batch_size=4")
+    task = tmp_path / "even.py"
+    task.write_text(EVEN)
+    outcome = measure(
+        f"--model.path={other}", f"--measure.base={workspace.model}", "--evaluation.batch_size=4",
+        f"--data.task={task}",
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "gain over the base" in outcome.out and "drift" in outcome.out
     found, items = only(tmp_path)
-    gain, before = found["gain"]["exact"], found["before"]["metrics"]["exact"]
-    assert gain["mean"] == pytest.approx(found["metrics"]["exact"]["mean"] - before["mean"])
-    assert {"gained", "lost", "p_value"} == set(gain["mcnemar"]) and gain["minimum_detectable"] > 0
+    assert found["retention"]["paired"]["entropy_change"]["mean"] != 0
+    gain, before = found["gain"], found["before"]["metrics"]
+    assert before["even"]["mean"] != found["metrics"]["even"]["mean"], "or the sides could change places"
+    assert gain["even"]["mean"] == pytest.approx(found["metrics"]["even"]["mean"] - before["even"]["mean"])
+    own, others = ([len(item[side][0]["ids"]) for item in items] for side in ("replies", "base_replies"))
+    assert found["retention"]["reply_tokens_change"]["mean"] == pytest.approx(np.mean(own) - np.mean(others))
+    assert {"gained", "lost", "p_value"} == set(gain["even"]["mcnemar"])
 
     chat, (model, base) = load_chat(workspace.model), load_hf(workspace.model)
     adapted = load_hf(other)[1]
@@ -206,7 +233,8 @@ def greedy(chat, model, params, prompt, length):
 def test_a_model_has_not_moved_from_itself(measure, workspace, tmp_path):
     assert measure(f"--measure.base={workspace.model}").code == 0
     found, _ = only(tmp_path)
-    assert found["gain"]["exact"]["mean"] == found["gain"]["exact"]["low"] == found["gain"]["exact"]["high"] == 0
+    gain = found["gain"]["exact"]
+    assert gain["low"] < gain["mean"] == 0 < gain["high"] and gain["mcnemar"]["p_value"] == 1
     retention = found["retention"]
     assert abs(retention["jsd"]["mean"]) < 1e-6 and abs(retention["forward"]["kl_to_base"]["mean"]) < 1e-6
     assert retention["forward"]["ppl_base"] == pytest.approx(retention["forward"]["ppl_adapted"])
@@ -221,6 +249,7 @@ def test_an_adapter_is_measured_against_the_model_below_it_and_equals_its_export
     texts = [[item["replies"][0]["text"] for item in items] for _, items in found]
     assert texts[0] == texts[1]
     (adapted,) = (summary for summary, _ in found if summary["retention"])
+    assert adapted["retention"]["jsd"]["mean"] > 1e-4, "the adapter did something"
     result = read_result(run_dir)
     assert adapted["gain"]["exact"]["mean"] == pytest.approx(result["gain"])
     assert adapted["metrics"]["exact"]["mean"] == pytest.approx(result["after"])
@@ -330,7 +359,9 @@ def test_retries_are_a_number_of_their_own(measure, tmp_path):
     retries = again[0]["retries"]
     failed = sum(item["grades"]["form"] == 0 for item in again[1])
     assert retries["failed_first_pass"] == failed == retries["recovered"] + retries["still_failed"] > 0
-    recovered = [item for item in again[1] if item["replies"][0].get("retry_grades", {}).get("form")]
+    recovered = [
+        item for item in again[1] if item["replies"][0].get("retried", {"grades": {"form": 0}})["grades"]["form"]
+    ]
     assert len(recovered) == retries["recovered"] > 0
     first_pass = plain[0]["metrics"]["exact"]["mean"]
     assert retries["metrics"]["exact"]["mean"] == pytest.approx(first_pass + len(recovered) / 6)
@@ -344,12 +375,14 @@ def test_multiple_choice_has_the_releases_scorer_and_the_likelihood_of_the_optio
     words = ["--data.task=scienceqa", f"--data.test_path={path}", "--measure.option_likelihood=true"]
     outcome = measure(*words, "--data.max_prompt_length=480", "--data.form.answer=letter")
     assert outcome.code == 0, outcome.err
-    found, _ = only(tmp_path)
+    found, items = only(tmp_path)
     assert set(found["released"]["metrics"]) >= {"exact", "form"} and "rule" in found["counts"]
     assert {name: group["items"] for name, group in found["subjects"].items()} == {"s0": 2, "s1": 2}
     options = found["option_likelihood"]
-    assert 0 < options["metrics"]["probability_of_right"]["mean"] < 1
-    assert sum(options["counts"]["chosen"].values()) == 4
+    assert 0 < options["probability_of_right"]["mean"] < 1
+    for name in ("option_exact", "option_probability_of_right", "released_exact"):
+        assert all(0 <= item["grades"][name] <= 1 for item in items), "so that two checkpoints can be compared by it"
+    assert options["exact"]["mean"] == np.mean([item["grades"]["option_exact"] for item in items])
 
 
 # --- Bad input, before anything is generated ---
@@ -361,6 +394,8 @@ def test_multiple_choice_has_the_releases_scorer_and_the_likelihood_of_the_optio
         (["--measure.option_likelihood=true"], "measure.option_likelihood compares the options of multiple choice"),
         (["--measure.samples=4"], "measure.samples is 4, but measure.temperature is 0"),
         (["--measure.base=nowhere/at/all"], "nowhere/at/all"),
+        (["--measure.base=nowhere/at/all", "--dry-run"], "nowhere/at/all"),
+        (["--measure.retries=1"], "data.task=jsonl does not grade a 'form'"),
     ],
 )
 def test_bad_input_is_refused_first(measure, generated, words, message):
@@ -382,6 +417,85 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(measure, tmp_p
     outcome = measure("--dry-run", "--measure.samples=2", "--measure.temperature=1")
     assert outcome.code == 0 and "12 replies to 6 test items" in outcome.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_would_fail_at_the_end_is_refused_first(measure, generated, tmp_path, workspace):
+    generated.limit = 0
+    (tmp_path / "file").write_text("")
+    assert "output_dir: " in error_line(measure(f"--output_dir={tmp_path / 'file'}"))
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(json.dumps({"id": "long", "prompt": "p", "completion": "c" * 600}) + "\n")
+    line = error_line(measure(f"--data.test_path={longer}"))
+    assert "long: its prompt and gold reply have 6" in line and "at most 512" in line
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_weights_that_overflow_are_named(measure, workspace, tmp_path, with_base):
+    model = tiny_checkpoint(tmp_path / "model")
+    path = model / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["lm_head.weight"] = np.sign(tensors["lm_head.weight"]) * np.float32(1e38)
+    safetensors.numpy.save_file(tensors, path)
+    base = [f"--measure.base={workspace.model}"] if with_base else []
+    line = error_line(measure(f"--model.path={model}", *base))
+    assert "model.path: the log-prob of the gold replies is nan" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_what_is_generated_now_counts_as_cost(measure, tmp_path):
+    assert measure().code == 0
+    assert measure("--name=again", "--measure.score_stop=true").code == 0
+    (again,) = (tmp_path / "runs" / "again" / "evaluation").iterdir()
+    tokens = [
+        found["resources"]["phases"]["generation"]["completion_tokens"] for found, _ in (only(tmp_path), read(again))
+    ]
+    assert tokens[0] > 0 == tokens[1], "the second read the replies of the first"
+
+
+def test_every_option_that_changes_a_number_changes_the_key(workspace, tmp_path):
+    """Of one loaded experiment: options are changed without anything being measured."""
+    words = [f"--teacher.cache_dir={tmp_path}", "--evaluation.max_completion_length=8"]
+    config = load_config(workspace.config, words)
+    experiment = build(config, training=False)
+    subject, _ = adapted_and_base(experiment)
+
+    def key(changed=subject, base=None, items=None, **options):
+        measured = dataclasses.replace(config.measure, **options.pop("measure", {}))
+        other = dataclasses.replace(config, measure=measured, **options)
+        given = dataclasses.replace(experiment, config=other, test=items or experiment.test)
+        return json.dumps(result_identity(given, changed, base), sort_keys=True)
+
+    def item(**changes):
+        first = experiment.test[0]
+        return [first._replace(item=first.item._replace(**changes)), *experiment.test[1:]]
+
+    other = dataclasses.replace(subject, identity={"weights": "other"})
+    keys = [
+        key(),
+        key(other),
+        key(base=other),
+        key(base=subject),
+        key(items=item(details={"test": "assert hidden"})),
+        key(items=item(answer="other")),
+        key(items=item(completion="other")),
+        key(items=experiment.test[:5]),
+        key(model=dataclasses.replace(config.model, dtype="bfloat16")),
+        key(head=dataclasses.replace(config.head, chunk_size=256)),
+        key(data=dataclasses.replace(config.data, form=dataclasses.replace(config.data.form, answer="json"))),
+        key(data=dataclasses.replace(config.data, length_multiple=32)),
+        key(evaluation=dataclasses.replace(config.evaluation, max_completion_length=9)),
+        key(evaluation=dataclasses.replace(config.evaluation, batch_size=3)),
+        key(seed=5),
+        *(
+            key(measure=options)
+            for options in (
+                {"samples": 2, "temperature": 1.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5},
+                {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "min_p": 0.5}, {"retries": 1},
+                {"retry_temperature": 1.0}, {"option_likelihood": True}, {"score_stop": True},
+            )
+        ),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
 
 
 # --- During training ---

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisd_jax.data.tasks.base import Item, Task
+from unisd_jax.errors import UserError
 from unisd_jax.eval import retention, summary
 from unisd_jax.eval.grading import counts, grade_all, means
 from unisd_jax.eval.statistics import Interval, wilson_interval
@@ -46,10 +47,8 @@ def test_samples_are_averaged_per_item_before_anything_else():
 def test_retries_replace_only_what_was_sampled_again():
     first = grades(1, 0, 0, form=[1.0, 0.0, 0.0])
     again = {1: {"exact": 1.0, "form": 1.0}, 2: {"exact": 0.0, "form": 0.0}}
-    found = summary.with_retries(first, again, 1)
-    assert found["metrics"]["exact"]["mean"] == pytest.approx(2 / 3)
-    assert (found["failed_first_pass"], found["recovered"], found["still_failed"]) == (2, 1, 1)
-    assert summary.with_retries(first, {}, 1)["failed_first_pass"] == 0
+    assert summary.with_retries(first, again, 1)["exact"]["mean"] == pytest.approx(2 / 3)
+    assert summary.with_retries(first, {}, 1) == summary.graded(first, 1)["metrics"]
 
 
 def test_subjects_are_the_items_own_and_absent_where_the_data_name_none():
@@ -66,11 +65,10 @@ def test_the_likeliest_option_and_the_probability_of_all_right_ones():
     task = Task("t", None, lambda text, item: {"exact": float(text in item.answer)}, options=options)
     items = [Item("1", "p", "c", "A"), Item("2", "p", "c", "BC")]  # the second has two options with the right text
     logps = [[math.log(0.2), math.log(0.1), math.log(0.1)], [-800.0, -801.0, -800.0 + math.log(0.5)]]
-    found = summary.option_likelihood(task, items, logps)
-    assert found["metrics"]["exact"]["mean"] == 0.5
-    shares = [0.5, (math.exp(-1) + 0.5) / (1.5 + math.exp(-1))]
-    assert found["metrics"]["probability_of_right"]["mean"] == pytest.approx(np.mean(shares))
-    assert found["counts"] == {"chosen": {"A": 2}}
+    found = summary.option_scores(task, items, logps)
+    assert found["exact"].tolist() == [1, 0]
+    expected = [0.5, (math.exp(-1) + 0.5) / (1.5 + math.exp(-1))]
+    assert found["probability_of_right"] == pytest.approx(expected)
 
 
 def test_a_gain_has_an_interval_a_test_and_what_could_have_been_found():
@@ -79,14 +77,38 @@ def test_a_gain_has_an_interval_a_test_and_what_could_have_been_found():
     assert found["mean"] == pytest.approx(0.2) and found["low"] <= 0.2 <= found["high"]
     assert (found["mcnemar"]["gained"], found["mcnemar"]["lost"], found["mcnemar"]["p_value"]) == (2, 1, 1.0)
     assert 0 < found["minimum_detectable"] <= 1
-    assert "mcnemar" not in summary.gain(before / 2, after / 2)
+    assert set(summary.gain(before / 2, after / 2)) == {"mean", "low", "high", "interval"}, "a test of right and wrong"
+
+
+def test_no_change_is_no_certainty():
+    """Resampling items of which none changed would give an interval without width."""
+    for exact in (np.zeros(6), np.ones(6), np.array([1, 0, 0, 1.0])):
+        found = summary.gain(exact, exact)
+        assert found["low"] < found["mean"] == 0 < found["high"] and found["interval"] == "newcombe"
+    assert summary.graded(grades(0, 0, 0, 0), 2)["pass_at_k"]["2"]["high"] > 0.3
+
+
+def test_what_cannot_be_detected_is_none():
+    assert summary.detectable_alone(np.array([1.0, 0.0])) is None
+    assert summary.detectable_alone(np.array([0.5] * 100)) is None, "McNemar's test is of right and wrong"
+    assert summary.detectable_alone(np.array([1.0, 0.0] * 50)) == pytest.approx(0.195, abs=0.02)
+
+
+def test_completions_of_one_item_are_drawn_together():
+    rows = [{"tokens": 2, "jsd": 1.0}, {"tokens": 1, "jsd": 0.5}, {"tokens": 4, "jsd": 0.0}, {"tokens": 0, "jsd": 0.0}]
+    assert summary.by_item(rows, 2) == [{"tokens": 3, "jsd": 1.5}, {"tokens": 4, "jsd": 0.0}]
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100)
+    rows = [{"tokens": 10, "jsd": 10 * values[item] + rng.normal() / 100} for item in range(100) for _ in range(10)]
+    width = {n: np.ptp(retention._pooled(summary.by_item(rows, n), "jsd", 0)[1:]) for n in (1, 10)}
+    assert width[10] > 2.5 * width[1], "as wide as that of the items, not of ten times as many"
 
 
 @pytest.mark.parametrize("exact", [[0.0], [1.0], [1.0] * 7, [0.0] * 7])
 def test_all_right_all_wrong_and_one_item_are_numbers_too(exact):
     exact = np.array(exact)
     assert 0 <= summary.estimate(exact)["low"] <= summary.estimate(exact)["high"] <= 1
-    assert summary.gain(exact, exact)["mean"] == 0 and 0 < summary.detectable_alone(exact) <= 1
+    assert summary.gain(exact, exact)["mean"] == 0 and 0 < (summary.detectable_alone(exact) or 1) <= 1
 
 
 values = st.recursive(
@@ -114,8 +136,35 @@ def test_grading_in_parallel_keeps_the_order():
     def grade(text, item):
         return {"exact": float(text == item.answer)}
 
-    assert grade_all(grade, texts, items, parallel=True) == grade_all(grade, texts, items)
-    assert [found["exact"] for found in grade_all(grade, texts, items)] == [float(n % 3 > 0) for n in range(50)]
+    (found,) = grade_all([grade], texts, items)
+    assert grade_all([grade, grade], texts, items, parallel=True) == [found, found]
+    assert [grade["exact"] for grade in found] == [float(n % 3 > 0) for n in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"exact": math.nan}, "exact=nan: expected a number or a string"),
+        ({"exact": None}, "exact=None: expected a number"),
+        ({"exact": [1]}, r"exact=\[1\]"),
+        ({"exact": "yes"}, "expected the number 'exact'"),
+        ({"form": 1.0}, r"has \['form'\]: expected the number 'exact'"),
+        ({"exact": 1.0, "form": 1.0}, "the same names and kinds"),
+    ],
+)
+def test_a_grade_that_is_none_is_told_with_its_item(second, said):
+    grades = iter([{"exact": 1.0}, second])
+    with pytest.raises(UserError, match=f"of a reply to two has {said}" if "exact=" in said else said):
+        grade_all(
+            [lambda text, item: next(grades)], ["a", "b"], [Item("one", "p", "c", "a"), Item("two", "p", "c", "a")]
+        )
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = grade_all(
+        [lambda text, item: {"exact": np.bool_(True), "n": np.int64(2)}], ["a"], [Item("1", "p", "c", "a")]
+    )
+    assert json.dumps(found) == '[[{"exact": 1.0, "n": 2.0}]]'
 
 
 # --- Perplexities and distances from sums ---
@@ -145,11 +194,20 @@ def test_the_release_counts_every_completion_alike():
 
 
 def test_pairs_leave_out_items_of_which_one_reply_is_empty():
-    adapted = [sums(2, logp_base=-2.0, jsd=0.4), sums(1, logp_base=-3.0, jsd=0.1), sums(0, logp_base=0, jsd=0)]
-    base = [sums(1, logp_adapted=-3.0, jsd=0.1), sums(2, logp_adapted=-2.0, jsd=0.2), sums(1, logp_adapted=-1.0, jsd=0)]
+    adapted = [
+        sums(2, logp_base=-2.0, jsd=0.4, entropy_adapted=2.0),
+        sums(1, logp_base=-3.0, jsd=0.1, entropy_adapted=3.0),
+        sums(0, logp_base=0, jsd=0, entropy_adapted=0),
+    ]
+    base = [
+        sums(1, logp_adapted=-3.0, jsd=0.1, entropy_base=0.5),
+        sums(2, logp_adapted=-2.0, jsd=0.2, entropy_base=1.0),
+        sums(1, logp_adapted=-1.0, jsd=0, entropy_base=9.0),
+    ]
     found = retention.paired(adapted, base)
     assert found["pairs"] == 2 and found["logp_delta"].mean == pytest.approx(((-1 + 3) + (-3 + 1)) / 2)
     assert found["logp_delta_above_0"] == 0.5 and found["jsd_delta"].mean == pytest.approx((0.1 + 0.0) / 2)
+    assert found["entropy_change"].mean == pytest.approx(((1 - 0.5) + (3 - 0.5)) / 2)
     assert retention.paired([adapted[2]], [base[2]]) == {"pairs": 0}
 
 

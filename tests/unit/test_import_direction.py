@@ -44,7 +44,7 @@ ALLOWED = {
     "collection": PARTS | {"experiment"},
     "inert": set(),
     "provenance": set(),
-    "resources": {"config", "markdown"},
+    "resources": {"config", "markdown", "sandbox"},
     "testing": PARTS,
     "interrupt": BASE,
     "results": PARTS | {"experiment"},
@@ -53,8 +53,10 @@ ALLOWED = {
     "train": PARTS
     | {"collection", "experiment", "guards", "inert", "interrupt", "made_once", "programs", "progress", "results"},
     "progress": PARTS | {"experiment"},
-    "measure": PARTS | {"experiment", "inputs"},
-    "evaluate": PARTS | {"experiment", "interrupt", "measure", "programs"},
+    "subject": PARTS | {"experiment", "inputs"},
+    "measure": PARTS | {"experiment", "subject"},
+    "measured": PARTS | {"experiment", "measure", "subject"},
+    "evaluate": PARTS | {"experiment", "interrupt", "measure", "measured", "programs", "subject"},
 }
 # Modules that were split off another one for length.
 PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}

@@ -14,6 +14,7 @@ from unisd_jax.eval.statistics import (
     mcnemar,
     mean_interval,
     minimum_detectable_difference,
+    newcombe_interval,
     paired_bootstrap,
     paired_seeds_interval,
     pass_at_k,
@@ -404,3 +405,37 @@ def test_ratio_interval_with_equal_counts_is_the_mean_interval():
 def test_bad_ratios_are_refused(tops, counts, options, message):
     with pytest.raises(ValueError, match=message):
         ratio_interval(np.array(tops), np.array(counts), **options)
+
+
+# --- Newcombe's interval of paired proportions ---
+
+
+def scores_of(both, lost, gained, neither):
+    """(before, after) with so many items of each kind."""
+    kinds = [(1, 1)] * both + [(1, 0)] * lost + [(0, 1)] * gained + [(0, 0)] * neither
+    return np.array(kinds).T
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        # Newcombe 1998, table II, method 10, for the difference of the first less the second.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((0, 12, 2, 36), 0.0569, 0.3404),
+    ],
+)
+def test_newcombe_s_interval_is_that_of_his_table(table, low, high):
+    before, after = scores_of(*table)
+    found = newcombe_interval(before, after)
+    assert (-found.high, -found.low) == pytest.approx((low, high), abs=6e-4)
+    assert found.mean == pytest.approx((table[2] - table[1]) / sum(table))
+
+
+def test_newcombe_s_interval_covers_a_known_difference():
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        kinds = random.choice(4, size=80, p=[0.5, 0.1, 0.2, 0.2])
+        found = newcombe_interval(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 2)))
+        hits += found.low <= 0.1 <= found.high
+    assert 0.92 <= hits / 400 <= 0.99

@@ -34,12 +34,13 @@ def write_report(folder: Path, details: dict[str, Any]) -> Path:
 
 
 def _headline(details: dict[str, Any]) -> str:
-    exact = details["metrics"]["exact"]
-    text = (
-        f"**{_points(exact)}** percent of {details['items']} items right. So many items can show a difference of "
-        f"{100 * details['minimum_detectable']:.1f} points to another checkpoint (McNemar's test, level 95%, "
-        "power 80%, were the two independent)."
-    )
+    exact, detectable = details["metrics"]["exact"], details["minimum_detectable"]
+    text = f"**{_points(exact)}** percent of {details['items']} items right."
+    if detectable is not None:
+        text += (
+            f" So many items can show a difference of {100 * detectable:.1f} points to another checkpoint (McNemar's "
+            "test, level 95%, power 80%, were the two independent)."
+        )
     if details["gain"]:
         gain = details["gain"]["exact"]
         test = gain.get("mcnemar")
@@ -61,9 +62,6 @@ def _sections(details: dict[str, Any]) -> Iterator[str]:
         yield f"## pass@k of {details['samples']} replies\n\n{table(['k', 'items with a right reply'], rows)}"
     if details["retries"]:
         yield f"## With retries\n\n{_retries(details['retries'])}"
-    if details["option_likelihood"]:
-        rows = [[name, _points(value)] for name, value in details["option_likelihood"]["metrics"].items()]
-        yield f"## Likelihood of the options\n\n{table(['measure', '95% interval'], rows)}"
     if details["subjects"]:
         rows = [[name, found["items"], _points(found["exact"])] for name, found in details["subjects"].items()]
         yield f"## Subjects\n\n{table(['subject', 'items', 'exact'], rows)}"
@@ -74,31 +72,39 @@ def _sections(details: dict[str, Any]) -> Iterator[str]:
 
 
 def _scores(details: dict[str, Any]) -> str:
-    """One row per measure: ours, the release's scorer, and the base with the difference where there is one."""
-    released = (details["released"] or {}).get("metrics", {})
-    before, gain = details["before"], details["gain"]
-    headings = ["measure", "95% interval", *(["release's scorer"] if released else [])]
-    rows = []
-    for name in dict.fromkeys((*details["metrics"], *released)):
-        own = details["metrics"].get(name)
-        row = [name, _points(own), *([_points(released.get(name))] if released else [])]
+    """One row per measure; with a base also its value and the difference."""
+    before, gain, rows = details["before"], details["gain"] or {}, []
+    own, other = _named(details), _named(before) if before else {}
+    for name, found in own.items():
+        row = [name.replace("_", " ", 1) if name.startswith(("released_", "option_")) else name, _points(found)]
         if before:
-            row += [_points(before["metrics"].get(name)), _difference(gain[name]) if name in gain else "-"]
+            row += [_points(other.get(name)), _difference(gain[name]) if name in gain else "-"]
         rows.append(row)
     for name, form in (("truncated", _points), ("reply_tokens", _tokens), ("ppl_fit", _ratio)):
-        row = [name, form(details[name]), *(["-"] if released else [])]
-        rows.append(row + ([form(before[name]), "-"] if before else []))
-    if before:
-        headings += ["base", "difference"]
+        row = [name, form(details[name])]
+        if before:
+            change = details["retention"]["reply_tokens_change"] if name == "reply_tokens" else None
+            row += [form(before[name]), "-" if change is None else _value(change, "+.1f")]
+        rows.append(row)
     note = (
-        "Percent of the items; `reply_tokens` are tokens. `ppl_fit` is the perplexity of the gold replies after the "
-        "question alone, pooled over tokens."
+        "Percent of the items; `reply_tokens` are tokens. `released` is the release's scorer of the same replies. "
+        "`ppl_fit` is the perplexity of the gold replies after the question alone, pooled over tokens."
     )
+    headings = ["measure", "95% interval", *(["base", "difference"] if before else [])]
     return f"{table(headings, rows)}\n\n{note}"
+
+
+def _named(details: dict[str, Any]) -> dict[str, Estimate]:
+    """All shares by the names that gains have."""
+    released = (details["released"] or {}).get("metrics", {})
+    options = details.get("option_likelihood") or {}
+    found = {f"released_{name}": value for name, value in released.items()}
+    return details["metrics"] | found | {f"option_{name}": value for name, value in options.items()}
 
 
 def _retries(found: dict[str, Any]) -> str:
     rows = [[name, _points(value)] for name, value in found["metrics"].items()]
+    rows += [[f"released {name}", _points(value)] for name, value in (found["released"] or {}).items()]
     counted = (
         f"{found['failed_first_pass']} replies lacked the asked-for form and were sampled again; "
         f"{found['recovered']} then had it."
@@ -126,7 +132,10 @@ def _retention(details: dict[str, Any]) -> str:
     )
     if pairs["pairs"]:
         delta = pairs["logp_delta"]
+        entropy = pairs["entropy_change"]
         text += (
+            f" Their entropy is {entropy['mean']:+.3f} nats per token higher [{entropy['low']:+.3f}, "
+            f"{entropy['high']:+.3f}]."
             f" In {100 * pairs['logp_delta_above_0']:.1f}% of {pairs['pairs']} pairs the base finds the adapted "
             f"model's reply likelier per token than the adapted model finds the base's (mean difference "
             f"{delta['mean']:+.3f} nats [{delta['low']:+.3f}, {delta['high']:+.3f}])."

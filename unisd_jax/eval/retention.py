@@ -1,6 +1,5 @@
 """How far training has moved a model from its base: on its replies to a task, and on unrelated prompts."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,23 +64,23 @@ def drift(
 def perplexity(sums: Sequence[Sums], logp: str = "logp", *, seed: int = 0) -> Interval | None:
     """exp(−Σ log p / Σ tokens) over all tokens of all completions (paper, PPL_fit and PPL_ret), with its interval.
 
-    The interval is the bootstrap's over completions; None without a token.
+    The interval is the bootstrap's over the rows; None without a token.
     """
     if not (pooled := _pooled(sums, logp, seed)):
         return None
     # The perplexity falls as the mean log-prob rises, so the ends change places.
-    return Interval(*(math.exp(-value) for value in (pooled.mean, pooled.high, pooled.low)))
+    return Interval(*(float(np.exp(-value)) for value in (pooled.mean, pooled.high, pooled.low)))
 
 
 def distances(sums: Sequence[Sums], *, seed: int = 0) -> dict[str, Any]:
-    """What `distance_sums` come to: means per token with bootstrap intervals over completions, and perplexities.
+    """What `distance_sums` come to, a row for each item: means per token with bootstrap intervals, and perplexities.
 
     `ppl_base` and `ppl_adapted` are the completions' perplexities under either model.
     """
     names = ("jsd", "kl_from_base", "kl_to_base", "entropy_adapted", "entropy_base")
     perplexities = {f"ppl_{which}": perplexity(sums, f"logp_{which}", seed=seed) for which in ("adapted", "base")}
     return {
-        "completions": len(sums),
+        "items": len(sums),
         "empty": sum(not row["tokens"] for row in sums),
         "tokens": int(sum(row["tokens"] for row in sums)),
         **{name: _pooled(sums, name, seed) for name in names},
@@ -96,7 +95,7 @@ def released(sums: Sequence[Sums], logp: str) -> dict[str, Any]:
     """
     kept = [row for row in sums if row["tokens"]]
     logps = [row[logp] / row["tokens"] for row in kept]
-    named = {"logp_mean": logps, "ppl_mean": [math.exp(-value) for value in logps]}
+    named = {"logp_mean": logps, "ppl_mean": [float(np.exp(-value)) for value in logps]}
     named["jsd_mean"] = [row["jsd"] / row["tokens"] for row in kept]
     found: dict[str, Any] = {
         "num_examples": len(kept),
@@ -116,9 +115,15 @@ def paired(adapted: Sequence[Sums], base: Sequence[Sums], *, seed: int = 0) -> d
     """The same items in both directions: the base on the adapted model's replies, less the adapted on the base's.
 
     Args:
-      adapted: distances on the adapted model's replies.
+      adapted: distances on the adapted model's replies, a row for each item.
       base: distances on the base's replies to the same items, in the same order.
       seed: of the bootstrap.
+
+    Returns:
+      pairs: the items for which both have said something; the rest is over these.
+      logp_delta: of the mean log-prob per token; logp_delta_median, logp_delta_above_0: its median, the share above 0.
+      jsd_delta: of the mean JSD per token.
+      entropy_change: the adapted model's entropy on its own replies, less the base's on its own.
     """
     both = [(own, other) for own, other in zip(adapted, base, strict=True) if own["tokens"] and other["tokens"]]
     if not both:
@@ -135,6 +140,7 @@ def paired(adapted: Sequence[Sums], base: Sequence[Sums], *, seed: int = 0) -> d
         "logp_delta_median": float(np.median(logps[0] - logps[1])),
         "logp_delta_above_0": float(np.mean(logps[0] > logps[1])),
         "jsd_delta": paired_bootstrap(of_each("jsd", other), of_each("jsd", own), seed=seed),
+        "entropy_change": paired_bootstrap(of_each("entropy_base", other), of_each("entropy_adapted", own), seed=seed),
     }
 
 

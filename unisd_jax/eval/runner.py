@@ -17,11 +17,15 @@ from unisd_jax.rollout import RolloutEngine
 
 
 class Evaluation(NamedTuple):
-    """`replies` are the texts, `grades` one dict per item, `means` their means and `gold_logprob` (nats per token)."""
+    """`replies` are the texts, `grades` one dict per item, `reply_tokens` the lengths of the replies.
+
+    `means` are those of the grades and lengths, `gold_logprob` (nats per token) and `truncated_share`.
+    """
 
     replies: list[str]
     grades: list[Grade]
     means: dict[str, float]
+    reply_tokens: list[int]
 
 
 def evaluate_examples(
@@ -45,10 +49,14 @@ def evaluate_examples(
         key=purpose_key(0, 0, "evaluation"), version=version, **batching,
     )  # fmt: skip
     texts = [chat.text(reply.ids) for reply in found]
-    grades = grade_all(task.grade, texts, [example.item for example in examples], parallel=task.family == "code")
-    gold = gold_logprob(Network(model, params), examples, chat, **batching)
-    truncated = float(np.mean([not reply.finished for reply in found]))
-    return Evaluation(texts, grades, means(grades) | {"gold_logprob": gold, "truncated_share": truncated})
+    items, lengths = [example.item for example in examples], [len(reply.ids) for reply in found]
+    (grades,) = grade_all([task.grade], texts, items, parallel=task.family == "code")
+    more = {
+        "gold_logprob": gold_logprob(Network(model, params), examples, chat, **batching),
+        "truncated_share": float(np.mean([not reply.finished for reply in found])),
+        "reply_tokens": float(np.mean(lengths)),
+    }
+    return Evaluation(texts, grades, means(grades) | more, lengths)
 
 
 def gold_logprob(

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 
 from unisd_jax.data.tasks.base import Grade, Item, Task
 from unisd_jax.eval.grading import counts, numeric
+from unisd_jax.eval.scores import Sums
 from unisd_jax.eval.statistics import (
     Interval,
     mcnemar,
     mean_interval,
     minimum_detectable_difference,
+    newcombe_interval,
     paired_bootstrap,
     pass_at_k,
     wilson_interval,
@@ -28,11 +29,27 @@ def metrics(scores: dict[str, np.ndarray], *, seed: int = 0) -> dict[str, dict[s
 
 
 def estimate(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """The mean of one score per item with its 95% interval: Wilson's for right or wrong, else the bootstrap's."""
+    """The mean of one share per item with its 95% interval: Wilson's for right or wrong, else the bootstrap's."""
     values = np.asarray(values, float)
-    if np.isin(values, (0.0, 1.0)).all():
+    if is_binary(values):
         return wilson_interval(int(values.sum()), len(values))._asdict() | {"interval": "wilson"}
-    return mean_interval(values, seed=seed)._asdict() | {"interval": "bootstrap"}
+    return amount(values, seed=seed)
+
+
+def amount(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """The mean of one number per item, of whatever unit, with the bootstrap's 95% interval."""
+    return mean_interval(np.asarray(values, float), seed=seed)._asdict() | {"interval": "bootstrap"}
+
+
+def is_binary(*scores: np.ndarray) -> bool:
+    """Whether every item is right or wrong."""
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def by_item(sums: Sequence[Sums], samples: int) -> list[Sums]:
+    """Sums over all `samples` completions of an item: these are not independent, so intervals are drawn over items."""
+    groups = [sums[start : start + samples] for start in range(0, len(sums), samples)]
+    return [{name: sum(row[name] for row in group) for name in group[0]} for group in groups]
 
 
 def item_scores(grades: Sequence[Grade], samples: int) -> dict[str, np.ndarray]:
@@ -47,68 +64,69 @@ def graded(grades: Sequence[Grade], samples: int, *, seed: int = 0) -> dict[str,
     if samples > 1:
         right = np.array([grade["exact"] == 1 for grade in grades]).reshape(-1, samples).sum(axis=1)
         ks = sorted({k for k in (*_KS, samples) if k <= samples})
-        found["pass_at_k"] = {str(k): mean_interval(pass_at_k(right, samples, k), seed=seed)._asdict() for k in ks}
+        found["pass_at_k"] = {str(k): estimate(pass_at_k(right, samples, k), seed=seed) for k in ks}
     return found
 
 
-def with_retries(grades: Sequence[Grade], retried: dict[int, Grade], samples: int, *, seed: int = 0) -> dict[str, Any]:
-    """The same metrics when the replies that were sampled again take the place of the first ones."""
-    final = [retried.get(row, grade) for row, grade in enumerate(grades)]
-    recovered = sum(grade.get("form", grade["exact"]) > 0 for grade in retried.values())
-    return {
-        "metrics": metrics(item_scores(final, samples), seed=seed),
-        "failed_first_pass": len(retried),
-        "recovered": recovered,
-        "still_failed": len(retried) - recovered,
-    }
+def with_retries(first: Sequence[Grade], again: dict[int, Grade], samples: int, *, seed: int = 0) -> dict[str, Any]:
+    """The metrics when the replies that were sampled again, by row, take the place of the first ones."""
+    final = [again.get(row, grade) for row, grade in enumerate(first)]
+    return metrics(item_scores(final, samples), seed=seed)
 
 
 def subjects(items: Sequence[Item], exact: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """Accuracy by the items' subject, where the data name one."""
-    named = np.array([str(item.details.get("subject") or "") for item in items])
-    return {
-        name: {"items": int((named == name).sum()), "exact": estimate(exact[named == name], seed=seed)}
-        for name in sorted(set(named) - {""})
-    }
-
-
-def option_likelihood(
-    task: Task, items: Sequence[Item], logps: Sequence[Sequence[float]], *, seed: int = 0
-) -> dict[str, Any]:
-    """Multiple choice without sampling: the option whose reply is the likeliest, and the probability of the right ones.
-
-    Probabilities are relative to those of the options' replies alone.
-    """
-    right = [[task.grade(reply, item)["exact"] == 1 for reply in task.options(item)] for item in items]
-    best = [bool(row[int(np.argmax(values))]) for row, values in zip(right, logps, strict=True)]
-    shares = []
-    for row, values in zip(right, logps, strict=True):
-        weights = np.exp(np.array(values) - max(values))
-        shares.append(float(weights[np.array(row)].sum() / weights.sum()))
-    chosen = [{"chosen": ascii_uppercase[int(np.argmax(values))]} for values in logps]
-    found = {"exact": np.array(best, float), "probability_of_right": np.array(shares)}
-    return {"metrics": metrics(found, seed=seed), "counts": counts(chosen)}
-
-
-def gain(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """after − before over the same items: paired bootstrap, and McNemar's test where every score is right or wrong."""
-    interval = paired_bootstrap(before, after, seed=seed)
-    discordant = float(np.mean(before != after))
-    found = interval._asdict() | {"minimum_detectable": detectable(len(before), discordant)}
-    if np.isin([before, after], (0.0, 1.0)).all():
-        found["mcnemar"] = mcnemar(before, after)._asdict()
+    named = [str(item.details.get("subject") or "") for item in items]
+    found = {}
+    for name in sorted(set(named) - {""}):
+        some = exact[[other == name for other in named]]
+        found[name] = {"items": len(some), "exact": estimate(some, seed=seed)}
     return found
 
 
-def detectable_alone(exact: np.ndarray) -> float:
-    """What difference to another checkpoint this many items can show, were its replies independent of these."""
+def option_scores(task: Task, items: Sequence[Item], logps: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+    """For each item: whether the likeliest option's reply is right, and the probability of the right ones.
+
+    Probabilities are relative to those of the options' replies alone.
+    """
+    exact, shares = [], []
+    for item, values in zip(items, logps, strict=True):
+        right = np.array([task.grade(reply, item)["exact"] == 1 for reply in task.options(item)])
+        weights = np.exp(np.array(values) - max(values))
+        exact.append(float(right[int(np.argmax(values))]))
+        shares.append(float(weights[right].sum() / weights.sum()))
+    return {"exact": np.array(exact), "probability_of_right": np.array(shares)}
+
+
+def gain(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """after − before over the same items with its 95% interval.
+
+    The paired bootstrap's; Newcombe's where items are right or wrong and none changed. For right and wrong also
+    McNemar's test, and the smallest difference that it could have found.
+    """
+    if not is_binary(before, after):
+        return paired_bootstrap(before, after, seed=seed)._asdict() | {"interval": "bootstrap"}
+    discordant = float(np.mean(before != after))
+    interval = paired_bootstrap(before, after, seed=seed) if discordant else newcombe_interval(before, after)
+    return interval._asdict() | {
+        "interval": "bootstrap" if discordant else "newcombe",
+        "mcnemar": mcnemar(before, after)._asdict(),
+        "minimum_detectable": _detectable(len(before), discordant),
+    }
+
+
+def detectable_alone(exact: np.ndarray) -> float | None:
+    """What difference to another checkpoint so many items can show, were its replies independent of these.
+
+    None where no difference could be found, or where items are not right or wrong.
+    """
     accuracy = float(np.mean(exact))
-    return detectable(len(exact), 2 * accuracy * (1 - accuracy))
+    return _detectable(len(exact), 2 * accuracy * (1 - accuracy)) if is_binary(exact) else None
 
 
-def detectable(items: int, discordant: float) -> float:
-    """`minimum_detectable_difference`, with at least one item on which the two disagree."""
-    return minimum_detectable_difference(items, max(discordant, 1 / items))
+def _detectable(items: int, discordant: float) -> float | None:
+    found = minimum_detectable_difference(items, discordant)
+    return found if found < 1 else None
 
 
 def plain(value: Any) -> Any:
@@ -119,6 +137,6 @@ def plain(value: Any) -> Any:
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if not isinstance(value, float) or math.isfinite(value) else None

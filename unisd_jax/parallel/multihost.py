@@ -5,12 +5,13 @@ processes everything here is a plain function of its argument.
 """
 
 import hashlib
+import json
 import os
 import secrets
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,6 +170,16 @@ def mean(values: Sequence[float]) -> float:
     own = np.array([np.sum(values), len(values)], np.float32)
     total, count = own if jax.process_count() == 1 else multihost_utils.process_allgather(own).sum(axis=0)
     return float(total / count)
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the main process, as JSON has it, in all of them; the others do not call it."""
+    if jax.process_count() == 1:
+        return make()
+    data = json.dumps(make()).encode() if is_main() else b""
+    (size,) = largest(len(data))
+    text = multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(size), np.uint8))
+    return json.loads(np.asarray(text, np.uint8).tobytes())
 
 
 def require_same(what: str, text: str) -> None:

@@ -35,7 +35,7 @@ def grade(text: str, program: Callable[[str], str]) -> Grade:
     return {"exact": float(outcome == "pass"), "form": float(FENCE.search(text) is not None), "outcome": outcome}
 
 
-@functools.lru_cache(maxsize=4096)  # more than one pass over a test set runs, whichever score comes first
+@functools.lru_cache(maxsize=4096)
 def verdict(program: str) -> Outcome:
     """How a program ends in the sandbox.
 
