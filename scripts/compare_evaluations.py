@@ -15,16 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unisd_jax.errors import UserError, report_error
-from unisd_jax.eval.statistics import (
-    Interval,
-    mcnemar,
-    mean_interval,
-    minimum_detectable_difference,
-    paired_bootstrap,
-    paired_seeds_interval,
-    seeds_interval,
-    wilson_interval,
-)
+from unisd_jax.eval.statistics import Interval, paired_seeds_interval, seeds_interval
+from unisd_jax.eval.summary import estimate, gain
 from unisd_jax.io import write_json_atomic
 from unisd_jax.markdown import table
 
@@ -189,24 +181,21 @@ def compare(sides: Sequence[Side], metric: str) -> dict[str, Any]:
         "shares": all(bool(((side.scores >= 0) & (side.scores <= 1)).all()) for side in sides),
         "sides": described,
         "comparisons": [_difference(first, side) for side in sides[1:]],
-        "notes": _notes(described),
+        "notes": _notes(described, _measured_differently(sides)),
     }
 
 
 def _describe(side: Side) -> dict[str, Any]:
     if len(side.scores) > 1:
-        kind, interval = "bootstrap over seeds and items", seeds_interval(side.scores)
-    elif _binary(side):
-        kind, interval = "Wilson", wilson_interval(int(side.scores.sum()), side.scores.size)
+        found = seeds_interval(side.scores)._asdict() | {"interval": "bootstrap over seeds and items"}
     else:
-        kind, interval = "bootstrap over items", mean_interval(side.scores[0])
+        found = estimate(side.scores[0])
     return {
         "name": side.name,
         "folders": [str(evaluation.folder) for evaluation in side.seeds],
         "seeds": len(side.scores),
         "samples": sorted({evaluation.summary["samples"] for evaluation in side.seeds}),
-        **interval._asdict(),
-        "interval": kind,
+        **found,
         "drift": _drift(side),
     }
 
@@ -219,31 +208,29 @@ def _drift(side: Side) -> float | None:
 
 
 def _difference(first: Side, side: Side) -> dict[str, Any]:
+    found = {"before": first.name, "after": side.name, "mcnemar": None, "minimum_detectable": None}
     if len(first.scores) == len(side.scores) == 1:
-        interval = paired_bootstrap(first.scores[0], side.scores[0])
-    else:
-        interval = paired_seeds_interval(first.scores, side.scores)
-    found = {
-        "before": first.name,
-        "after": side.name,
-        **interval._asdict(),
-        "mcnemar": None,
-        "minimum_detectable": None,
-    }
-    if _binary(first) and _binary(side):
-        discordant = float(np.mean(first.scores != side.scores))
-        found["mcnemar"] = mcnemar(first.scores[0], side.scores[0])._asdict()
-        found["minimum_detectable"] = minimum_detectable_difference(first.scores.shape[1], discordant)
-    return found
+        return found | gain(first.scores[0], side.scores[0])
+    return found | paired_seeds_interval(first.scores, side.scores)._asdict()
 
 
-def _binary(side: Side) -> bool:
-    """Whether each item is either right or wrong: one seed, and no mean over several replies."""
-    return len(side.scores) == 1 and bool(np.isin(side.scores, (0.0, 1.0)).all())
+def _measured_differently(sides: Sequence[Side]) -> list[str]:
+    """What the evaluations depend on beside weights and seed, where they are not alike: settings, code, base."""
+    settings = [_flat(evaluation.summary.get("identity") or {}) for side in sides for evaluation in side.seeds]
+    names = dict.fromkeys(name for found in settings for name in found)
+    return [name for name in names if len({json.dumps(found.get(name)) for found in settings}) > 1]
 
 
-def _notes(sides: Sequence[dict[str, Any]]) -> list[str]:
-    notes = []
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`, without what seeds and checkpoints of one configuration may differ in."""
+    if not isinstance(value, dict):
+        own = name.rpartition(".")[2] in ("weights", "adapter", "seed") and not name.startswith("scores.base.")
+        return {} if own else {name: value}
+    return {key: inner for part in value for key, inner in _flat(value[part], f"{name}.{part}".lstrip(".")).items()}
+
+
+def _notes(sides: Sequence[dict[str, Any]], differing: Sequence[str]) -> list[str]:
+    notes = [f"not measured alike, these differ: {', '.join(differing)}"] if differing else []
     if len({samples for side in sides for samples in side["samples"]}) > 1:
         each = ", ".join(f"{side['name']}: {' or '.join(map(str, side['samples']))}" for side in sides)
         notes.append(f"replies per item differ ({each}); a score is the mean of an item's replies")

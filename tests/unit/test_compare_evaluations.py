@@ -79,8 +79,8 @@ def test_one_seed_of_right_and_wrong(tmp_path, capsys, script):
     alone, difference, test = wilson_interval(BEFORE.sum(), 60), paired_bootstrap(BEFORE, AFTER), mcnemar(BEFORE, AFTER)
     mean, low, high = (100 * value for value in alone)
     assert out.startswith("gsm8k, 60 items\n")
-    assert row(out, "base") == f"base {mean:.1f} [{low:.1f}, {high:.1f}] Wilson -"
-    assert row(out, "ema   ").endswith("Wilson 0.0123")
+    assert row(out, "base") == f"base {mean:.1f} [{low:.1f}, {high:.1f}] wilson -"
+    assert row(out, "ema   ").endswith("wilson 0.0123")
     mean, low, high = (100 * value for value in difference)
     detectable = 100 * minimum_detectable_difference(60, float(np.mean(BEFORE != AFTER)))
     assert test.p_value < 0.001 and test.lost == 0 and low > 0
@@ -94,13 +94,13 @@ def test_json_has_the_numbers(tmp_path, capsys, script):
     folders = make(tmp_path / "base", BEFORE), make(tmp_path / "ema", AFTER)
     found = result(script, capsys, tmp_path, *folders)
     assert found["sides"][1] == {
-        "name": "ema", "folders": [str(folders[1])], "seeds": 1, "samples": [1], "interval": "Wilson", "drift": None,
+        "name": "ema", "folders": [str(folders[1])], "seeds": 1, "samples": [1], "interval": "wilson", "drift": None,
         **wilson_interval(AFTER.sum(), 60)._asdict(),
     }  # fmt: skip
     assert found["comparisons"] == [
         {
             "before": "base", "after": "ema", **paired_bootstrap(BEFORE, AFTER)._asdict(),
-            "mcnemar": mcnemar(BEFORE, AFTER)._asdict(),
+            "interval": "bootstrap", "mcnemar": mcnemar(BEFORE, AFTER)._asdict(),
             "minimum_detectable": minimum_detectable_difference(60, float(np.mean(BEFORE != AFTER))),
         }
     ]  # fmt: skip
@@ -117,7 +117,7 @@ def test_shares_of_several_replies_have_no_mcnemar(tmp_path, capsys, script):
     shares = RANDOM.integers(0, 5, 60) / 4
     before, after = make(tmp_path / "base", BEFORE), make(tmp_path / "ema", shares, samples=4)
     found = result(script, capsys, tmp_path, before, after)
-    assert found["sides"][1]["interval"] == "bootstrap over items"
+    assert found["sides"][1]["interval"] == "bootstrap"
     assert found["sides"][1]["low"] == mean_interval(shares).low
     assert found["comparisons"][0]["mcnemar"] is found["comparisons"][0]["minimum_detectable"] is None
     assert found["comparisons"][0]["high"] == paired_bootstrap(BEFORE, shares).high
@@ -252,3 +252,25 @@ def test_sides_that_name_a_folder_twice_or_none(capsys, script, side):
     with pytest.raises(SystemExit) as stopped:
         script.main(["base", side])
     assert stopped.value.code == 2 and "joined by commas" in capsys.readouterr().err
+
+
+def test_what_was_measured_differently_is_said(tmp_path, capsys, script):
+    def identity(weights="a", length=8, seed=0, base="b"):
+        sampling = {"max_completion_length": length}
+        generation = {"weights": weights, "sampling": sampling, "seed": seed}
+        return {"generation": generation, "scores": {"base": {"weights": base}}, "graders": "g"}
+
+    first = make(tmp_path / "a", BEFORE, identity=identity())
+    seeds = [make(tmp_path / str(seed), AFTER, identity=identity("c", seed=seed)) for seed in (1, 2)]
+    assert "not measured alike" not in compare(script, capsys, first, ",".join(map(str, seeds)))
+    longer = make(tmp_path / "longer", AFTER, identity=identity("c", length=9, base="d"))
+    out = compare(script, capsys, first, longer)
+    assert (
+        "note: not measured alike, these differ: generation.sampling.max_completion_length, scores.base.weights" in out
+    )
+
+
+def test_no_change_has_an_interval_with_a_width(tmp_path, capsys, script):
+    found = result(script, capsys, tmp_path, make(tmp_path / "a", BEFORE), make(tmp_path / "b", BEFORE))
+    (comparison,) = found["comparisons"]
+    assert comparison["low"] < comparison["mean"] == 0 < comparison["high"] and comparison["interval"] == "newcombe"
