@@ -61,7 +61,7 @@ def read_inputs(config: Config, *, training: bool = True) -> Inputs:
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     checkpoint = local_checkpoint(config.model.path)
     model_config = read_config(checkpoint)
-    _check_lengths(config, model_config)
+    _check_lengths(config, model_config, training)
     chat = load_chat(checkpoint, stop=config.rollout.stop, head_rows=model_config.vocab_size)
     for note in chat.notes:
         print(f"note: {note}", flush=True)
@@ -162,8 +162,9 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _check_lengths(config: Config, model: ModelConfig) -> None:
-    completion = max(config.rollout.max_completion_length, config.evaluation.max_completion_length)
+def _check_lengths(config: Config, model: ModelConfig, training: bool) -> None:
+    sampled = config.rollout.max_completion_length if training else 0
+    completion = max(sampled, config.evaluation.max_completion_length)
     needed = config.data.max_prompt_length + completion
     if needed > model.max_position:
         raise UserError(

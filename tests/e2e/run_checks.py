@@ -10,6 +10,20 @@ TRAIN_ONLY = ("--evaluation.enabled=false", "--evaluation.drift_tokens=0")
 TIMING = {"tokens_per_second", "seconds_rollout", "seconds_update", "seconds_step", "peak_memory_gib", "seconds"}
 TIMING |= {"seconds_compiling", "programs_compiled", "seconds_evaluation", "resources"}
 
+# A task of one's own that grades the form of replies, by their characters.
+TASK_WITH_FORM = """
+from unisd_jax.data.tasks import Item, Task
+
+def make(row, position, form):
+    return Item(f"m{position}", row.text("prompt"), "a", "a")
+
+def grade(text, item):
+    form = float(sum(map(ord, text)) % 3 == 0)
+    return {"exact": form, "form": form, "last": text[-1:] or "none"}
+
+TASK = Task("mine", make, grade)
+"""
+
 
 class Outcome(NamedTuple):
     """What a command said and how it ended."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import task_rows
-from run_checks import Outcome, error_line, read_metrics, read_result
+from run_checks import TASK_WITH_FORM, Outcome, error_line, read_metrics, read_result
 
 from unisd_jax import evaluate
 from unisd_jax.config import load_config
@@ -332,20 +332,6 @@ def test_several_samples_give_pass_at_k(measure, tmp_path):
     values = [found["pass_at_k"][k]["mean"] for k in "123"]
     assert values == sorted(values) and values[0] == pytest.approx(found["metrics"]["exact"]["mean"])
     assert len({reply["text"] for item in items for reply in item["replies"]}) > 6, "samples differ"
-
-
-TASK_WITH_FORM = """
-from unisd_jax.data.tasks import Item, Task
-
-def make(row, position, form):
-    return Item(f"m{position}", row.text("prompt"), "a", "a")
-
-def grade(text, item):
-    form = float(sum(map(ord, text)) % 3 == 0)
-    return {"exact": form, "form": form, "last": text[-1:] or "none"}
-
-TASK = Task("mine", make, grade)
-"""
 
 
 def test_retries_are_a_number_of_their_own(measure, tmp_path):

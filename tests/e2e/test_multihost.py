@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_checks import TRAIN_ONLY, read_metrics
+from run_checks import TASK_WITH_FORM, TRAIN_ONLY, read_metrics
 
 from unisd_jax.models import load_hf
 from unisd_jax.testing import tiny_checkpoint
@@ -191,7 +191,10 @@ def test_a_coordinator_that_nobody_is_at(processes, tmp_path):
 def test_two_processes_measure_what_one_does(processes, tmp_path):
     """Also going on after an interruption: what is kept is written by one process and read by both."""
     base, cache = tiny_checkpoint(tmp_path / "base", seed=1), f"--teacher.cache_dir={tmp_path / 'cache'}"
+    task = tmp_path / "mine.py"
+    task.write_text(TASK_WITH_FORM)
     words = [f"--measure.base={base}", "--mesh.fsdp=4", "--measure.retries=1", "--evaluation.batch_size=4"]
+    words += [f"--data.task={task}", "--measure.retry_temperature=1.5"]
     ((code, _, err),) = processes.run(tmp_path / "alone", *words, count=1, devices=4, module="evaluate")
     assert code == 0, err
     for code, _, err in processes.run(tmp_path / "two", *words, cache, module="evaluate"):
@@ -201,6 +204,7 @@ def test_two_processes_measure_what_one_does(processes, tmp_path):
         for name in ("two", "alone")
     )
     assert found["metrics"] == expected["metrics"] and found["gain"] == expected["gain"]
+    assert found["retries"]["failed_first_pass"] == expected["retries"]["failed_first_pass"] > 0
     assert found["retention"]["jsd"]["mean"] == pytest.approx(expected["retention"]["jsd"]["mean"], rel=1e-3)
     for folder in (tmp_path / "cache" / "distances").glob("*/"):
         lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
