@@ -190,7 +190,7 @@ def _draw_accuracy(details: dict[str, Any]):
         bars.append(("release's\nscorer", details["released"]["metrics"]["exact"], _OWN))
     if details["before"]:
         bars.append(("base", details["before"]["metrics"]["exact"], _BASE))
-    bars += [(name[:14], found["exact"], _OWN) for name, found in list(details["subjects"].items())[:12]]
+    bars += [(name[:20], found["exact"], _OWN) for name, found in list(details["subjects"].items())[:12]]
     figure = Figure(figsize=(2.2 + 0.7 * len(bars), 3.0), layout="constrained")
     axes = figure.subplots()
     for place, (_, found, color) in enumerate(bars):
