@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from unisd_jax.models import load_hf
 from unisd_jax.rollout import JaxSampler
 from unisd_jax.subject import adapted_and_base, result_identity
 from unisd_jax.testing import byte_tokenizer, tiny_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -253,6 +257,21 @@ def test_an_adapter_is_measured_against_the_model_below_it_and_equals_its_export
     result = read_result(run_dir)
     assert adapted["gain"]["exact"]["mean"] == pytest.approx(result["gain"])
     assert adapted["metrics"]["exact"]["mean"] == pytest.approx(result["after"])
+
+
+def test_evaluations_in_one_table_and_one_record(measure, tmp_path, capfd):
+    assert measure().code == 0
+    listing = importlib.util.spec_from_file_location("listing", REPOSITORY / "scripts" / "list_evaluations.py")
+    script = importlib.util.module_from_spec(listing)
+    listing.loader.exec_module(script)
+    capfd.readouterr()
+    (folder,), (found, _) = folders(tmp_path), only(tmp_path)
+    assert script.main([str(folder), "--json", str(tmp_path / "record.json")]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert len(out) == 3 and out[2].startswith("| `jsonl` | 6 | 0.0 [0.0, 39.0] | - | - |")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["tasks"]["jsonl"]["metrics"] == found["metrics"] and record["versions"]["jax"] == jax.__version__
+    assert script.main([str(tmp_path)]) == 2 and "has no summary.json" in capfd.readouterr().err
 
 
 # --- Nothing stale is read, nothing is overwritten ---
