@@ -87,9 +87,11 @@ def _scores(details: dict[str, Any]) -> str:
             row += [form(before[name]), "-" if change is None else _value(change, "+.1f")]
         rows.append(row)
     note = (
-        "Percent of the items; `reply_tokens` are tokens. `released` is the release's scorer of the same replies. "
-        "`ppl_fit` is the perplexity of the gold replies after the question alone, pooled over tokens."
+        "Percent of the items; `reply_tokens` are tokens. `ppl_fit` is the perplexity of the gold replies after the "
+        "question alone, pooled over tokens."
     )
+    if details["released"]:
+        note += " `released` is the release's scorer of the same replies."
     headings = ["measure", "95% interval", *(["base", "difference"] if before else [])]
     return f"{table(headings, rows)}\n\n{note}"
 
@@ -127,15 +129,14 @@ def _retention(details: dict[str, Any]) -> str:
         f"{table(['measure', 'on its own replies', 'on the replies of the base'], rows)}\n\n"
         f"`ppl_base` on its own replies is PPL_ret. Distances are nats per token, over {found['forward']['tokens']} "
         f"and {found['reverse']['tokens']} tokens; kl_from_base = KL(base ‖ adapted), kl_to_base = KL(adapted ‖ base). "
-        f"The replies are {lengths['mean']:+.1f} tokens longer than the base's [{lengths['low']:+.1f}, "
+        f"The replies' length has changed by {lengths['mean']:+.1f} tokens [{lengths['low']:+.1f}, "
         f"{lengths['high']:+.1f}]."
     )
     if pairs["pairs"]:
         delta = pairs["logp_delta"]
         entropy = pairs["entropy_change"]
         text += (
-            f" Their entropy is {entropy['mean']:+.3f} nats per token higher [{entropy['low']:+.3f}, "
-            f"{entropy['high']:+.3f}]."
+            f" Their entropy by {entropy['mean']:+.3f} nats per token [{entropy['low']:+.3f}, {entropy['high']:+.3f}]."
             f" In {100 * pairs['logp_delta_above_0']:.1f}% of {pairs['pairs']} pairs the base finds the adapted "
             f"model's reply likelier per token than the adapted model finds the base's (mean difference "
             f"{delta['mean']:+.3f} nats [{delta['low']:+.3f}, {delta['high']:+.3f}])."
