@@ -31,11 +31,13 @@ def grade_all(
     def score(text: str, item: Item) -> list[Grade]:
         return [scorer(text, item) for scorer in scorers]
 
-    with ThreadPoolExecutor(usable_cpus() if parallel else 1) as pool:
-        columns = zip(*pool.map(score, texts, items), strict=True)
-        return [
-            [_checked(grade, column[0], item) for grade, item in zip(column, items, strict=True)] for column in columns
-        ]
+    if parallel:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            rows = list(pool.map(score, texts, items))
+    else:
+        rows = [score(text, item) for text, item in zip(texts, items, strict=True)]
+    columns = zip(*rows, strict=True)
+    return [[_checked(grade, column[0], item) for grade, item in zip(column, items, strict=True)] for column in columns]
 
 
 def means(grades: Sequence[Grade]) -> dict[str, float]:
