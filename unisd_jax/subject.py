@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parent
 # The code that numbers come from, below the package: a mended mistake must not be served from what was kept before.
 _GENERATING = ("rollout/*.py", "models/*.py", "eval/generation.py", "eval/batches.py")
 _SCORING = ("models/*.py", "eval/scores.py", "eval/batches.py")
-_GRADING = ("data/tasks/*.py", "sandbox*.py", "eval/*.py", "measure.py", "evaluate.py", "subject.py")
+_GRADING = ("data/tasks/*.py", "sandbox*.py", "eval/*.py", "measure.py", "measured.py", "evaluate.py")
 _MEASURED = ("retries", "retry_temperature", "option_likelihood", "score_stop")
 
 
