@@ -218,14 +218,17 @@ def _measured_differently(sides: Sequence[Side]) -> list[str]:
     """What the evaluations depend on beside weights and seed, where they are not alike: settings, code, base."""
     settings = [_flat(evaluation.summary.get("identity") or {}) for side in sides for evaluation in side.seeds]
     names = dict.fromkeys(name for found in settings for name in found)
-    return [name for name in names if len({json.dumps(found.get(name)) for found in settings}) > 1]
+    return [name for name in names if len({json.dumps(found[name]) for found in settings if name in found}) > 1]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`, without what seeds and checkpoints of one configuration may differ in."""
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`, without what seeds and checkpoints of one configuration may differ in.
+
+    Of the scores beside a base only who that is: the drift says whether there is one.
+    """
     if not isinstance(value, dict):
-        own = name.rpartition(".")[2] in ("weights", "adapter", "seed") and not name.startswith("scores.base.")
-        return {} if own else {name: value}
+        own = name.rpartition(".")[2] in ("weights", "adapter", "seed") or name.startswith("scores")
+        return {} if own and not (name == "scores.base.weights") else {name: value}
     return {key: inner for part in value for key, inner in _flat(value[part], f"{name}.{part}".lstrip(".")).items()}
 
 

@@ -55,6 +55,9 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
     def percent(found: dict[str, Any] | None) -> str:
         return "-" if found is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * found[x] for x in ENDS))
 
+    def perplexity(found: dict[str, Any] | None) -> str:
+        return "-" if found is None or found["mean"] is None else f"{found['mean']:.2f}"
+
     return [
         [
             f"`{found['task']}`",
@@ -63,7 +66,7 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
             percent(found["metrics"].get("form")),
             percent((found["released"] or {"metrics": {"exact": None}})["metrics"]["exact"]),
             f"{found['reply_tokens']['mean']:.0f}",
-            "-" if found["ppl_fit"] is None else f"{found['ppl_fit']['mean']:.2f}",
+            perplexity(found["ppl_fit"]),
             f"{found['resources']['seconds']:.0f}",
         ]
         for found in summaries
@@ -71,9 +74,17 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def record(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of them, with date, machine and versions."""
+    """What is kept of them, with date, machine and versions.
+
+    Raises:
+      UserError: two are of one task, or they were made on different machines.
+    """
     first = summaries[0]
     tasks = {found["task"]: {name: found[name] for name in KEPT} for found in summaries}
+    if len(tasks) < len(summaries):
+        raise UserError("two of these evaluations are of the same task: name one folder of each for --json")
+    if any((found["device"], found["versions"]) != (first["device"], first["versions"]) for found in summaries):
+        raise UserError("these evaluations are from different machines or versions: write a record of each for --json")
     header = {"date": datetime.date.today().isoformat(), "device": first["device"], "versions": first["versions"]}
     return header | {"tasks": tasks}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from unisd_jax.data.batching import pad_completions, pad_contexts, pad_prompts
 from unisd_jax.data.pipeline import Example
@@ -18,6 +18,8 @@ from unisd_jax.experiment import Experiment, student_params
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.random import purpose_key
+from unisd_jax.resources import Phase
+from unisd_jax.rollout import Rollout
 from unisd_jax.teacher import teacher_messages
 from unisd_jax.types import Completions, Contexts, Prompts, TrainState, Views
 
@@ -34,21 +36,24 @@ class OwnAnswers(NamedTuple):
 
 
 def collect_views(
-    experiment: Experiment, state: TrainState, examples: Sequence[Example]
+    experiment: Experiment, state: TrainState, examples: Sequence[Example], phase: Phase | None = None
 ) -> tuple[Views, dict[str, float]]:
-    """The views of one batch, and what the host knows of how they came about. `examples` are this host's rows."""
-    config, step = experiment.config, int(state.step)
+    """The views of one batch, and what the host knows of how they came about. `examples` are this host's rows.
+
+    What is generated is counted in `phase`.
+    """
+    config, step, phase = experiment.config, int(state.step), phase or Phase()
     (bucket,) = multihost.largest(experiment.buckets.index(examples))
     lengths = experiment.buckets.lengths[bucket]
     student = _prompts(experiment, [example.student for example in examples], lengths.student)
     own, labelless = _samples_from_student(experiment, step), config.teacher.condition == "self"
     params = student_params(experiment, state) if own or labelless else None
-    completions, logps, metrics = _completions(experiment, params if own else None, student, examples, step)
+    completions, logps, metrics = _completions(experiment, params if own else None, student, examples, step, phase)
     if config.objective.loss == "nll":
         return Views(student, None, completions, logps), metrics
     prompts = [example.teacher for example in examples]
     if labelless:
-        answers = own_answers(experiment, params, examples, step, lengths.student)
+        answers = own_answers(experiment, params, examples, step, lengths.student, phase)
         lengths = lengths._replace(teacher=_own_answer_length(experiment, lengths.student, answers.prompts))
         (accepted,) = _whole(experiment, (answers.accepted,))
         prompts, completions = answers.prompts, completions._replace(mask=completions.mask & accepted[:, None])
@@ -65,7 +70,12 @@ def collect_views(
 
 
 def own_answers(
-    experiment: Experiment, params: dict[str, Any], examples: Sequence[Example], step: int, length: int
+    experiment: Experiment,
+    params: dict[str, Any],
+    examples: Sequence[Example],
+    step: int,
+    length: int,
+    phase: Phase | None = None,
 ) -> OwnAnswers:
     """Samples `teacher.self_samples` replies to each question and takes one that gives the most frequent answer.
 
@@ -76,7 +86,7 @@ def own_answers(
     student = _prompts(experiment, [example.student for example in examples for _ in range(number)], length)
     experiment.sampler.publish(params, step)
     key = purpose_key(config.seed, step, "own_answers")
-    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
+    rollout = _generate(experiment, student, key, step, phase or Phase())
     rows = multihost.own_rows(batch_sharding(experiment.mesh), config.train.batch_size * number)
     ids, mask, finished = (multihost.gather(x)[rows] for x in (rollout.ids, rollout.mask, rollout.stopped))
     sampled = [[int(token) for token in row[kept]] for row, kept in zip(ids, mask, strict=True)]
@@ -115,7 +125,15 @@ def _samples_from_student(experiment: Experiment, step: int) -> bool:
     return random.Random(f"{experiment.config.seed}/mixture/{step}").random() < options.on_policy_share
 
 
-def _completions(experiment: Experiment, params, student: Prompts, examples: Sequence[Example], step: int):
+def _generate(experiment: Experiment, student: Prompts, key: PRNGKeyArray, version: int, phase: Phase) -> Rollout:
+    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=version)
+    phase.add(prompt_tokens=int(jnp.sum(student.mask)), completion_tokens=int(jnp.sum(rollout.mask)))
+    return rollout
+
+
+def _completions(
+    experiment: Experiment, params, student: Prompts, examples: Sequence[Example], step: int, phase: Phase
+):
     """(Completions, the sampler's log-probs or None, metrics): sampled under `params` or the base, or gold."""
     config, chat = experiment.config, experiment.chat
     metrics = {} if config.rollout.on_policy_share == 1 else {"on_policy": float(params is not None)}
@@ -127,7 +145,7 @@ def _completions(experiment: Experiment, params, student: Prompts, examples: Seq
     own = params is not None
     experiment.sampler.publish(params if own else experiment.base, step)
     key = purpose_key(config.seed, step, "rollout")
-    rollout = experiment.sampler.generate(student.ids, student.mask, experiment.sampling, key=key, version=step)
+    rollout = _generate(experiment, student, key, step, phase)
     mask, stopped = jnp.asarray(rollout.mask), jnp.asarray(rollout.stopped)
     metrics |= _lengths(mask, stopped)
     if config.rollout.mask_truncated_completions:

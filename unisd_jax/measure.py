@@ -1,6 +1,6 @@
 """What is measured of one checkpoint: replies, their grades, and scores beside its base.
 
-Replies and scores are kept by all that they depend on: what was interrupted goes on where it was, and the base's
+Replies and distances are kept by all that they depend on: what was interrupted goes on where it was, and the base's
 replies serve every checkpoint that is compared with it.
 """
 

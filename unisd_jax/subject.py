@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ Identity = dict[str, Any]
 
 _PACKAGE = Path(__file__).parent
 # The code that numbers come from, below the package: a mended mistake must not be served from what was kept before.
-_GENERATING = ("rollout/*.py", "models/*.py", "eval/generation.py", "eval/batches.py")
-_SCORING = ("models/*.py", "eval/scores.py", "eval/batches.py")
-_GRADING = ("data/tasks/*.py", "sandbox*.py", "eval/*.py", "measure.py", "measured.py", "evaluate.py")
+_GENERATING = ("rollout/*.py", "models/*.py", "eval/generation.py", "eval/batches.py", "data/batching.py", "random.py")
+_SCORING = ("models/*.py", "eval/scores.py", "eval/batches.py", "data/batching.py")
+_GRADING = ("data/tasks/*.py", "data/chat.py", "sandbox*.py", "eval/*.py", "measure.py", "measured.py", "evaluate.py")
 _MEASURED = ("retries", "retry_temperature", "option_likelihood", "score_stop")
 
 
@@ -109,7 +109,7 @@ def result_identity(experiment: Experiment, subject: Subject, base: Subject | No
         "generation": generation_identity(experiment, subject),
         "scores": None if base is None else distance_identity(experiment, subject, base, base),
         "seed": config.seed,
-        "items": text_hash(item_hash(example) for example in experiment.test),
+        "items": text_hash([example.item.id, item_hash(example)] for example in experiment.test),
         "form": to_dict(config)["data"]["form"],
         "measure": {name: getattr(config.measure, name) for name in _MEASURED},
         "head": dataclasses.asdict(config.head),
@@ -119,10 +119,29 @@ def result_identity(experiment: Experiment, subject: Subject, base: Subject | No
 
 
 def item_hash(example: Example) -> str:
-    """16 digits that tell items apart by all that is asked, shown and graded, hidden tests included."""
+    """16 digits that tell items apart by all that is asked, shown and graded, hidden tests included.
+
+    Raises:
+      ConfigError: the details hold what has no text that is the same in every process.
+    """
     item = example.item
     parts = [list(map(dict, item.earlier)), item.prompt, item.completion, item.answer, dict(item.details)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    try:
+        text = json.dumps(parts, sort_keys=True, default=_plain)
+    except TypeError as error:
+        raise ConfigError(
+            f"{item.id}: its details cannot be told from others ({error}): keep JSON values there"
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, in a form that is the same in every process."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _computing(experiment: Experiment, subject: Subject) -> Identity:

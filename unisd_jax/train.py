@@ -181,9 +181,7 @@ def one_step(
     """Collects the views of a batch and updates; the metrics are those of the step and what the host knows of it."""
     begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
     with meter.phase("rollout") as phase:
-        views, collection = collect_views(experiment, state, examples)
-        if views.sampler_logps is not None:
-            phase.add(**view_tokens(views._replace(teacher=None, contexts=None, negative=None)))
+        views, collection = collect_views(experiment, state, examples, phase)
     collected = time.monotonic()
     with meter.phase("update") as phase:
         views = jax.device_put(views, batch_sharding(experiment.mesh))

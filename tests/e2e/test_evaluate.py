@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from run_checks import TASK_WITH_FORM, Outcome, error_line, read_metrics, read_r
 from unisd_jax import evaluate
 from unisd_jax.config import load_config
 from unisd_jax.data.chat import load_chat
+from unisd_jax.data.pipeline import Example
+from unisd_jax.data.tasks import Item
+from unisd_jax.errors import ConfigError
 from unisd_jax.experiment import build
 from unisd_jax.models import load_hf
 from unisd_jax.rollout import JaxSampler
-from unisd_jax.subject import adapted_and_base, result_identity
+from unisd_jax.subject import adapted_and_base, item_hash, result_identity
 from unisd_jax.testing import byte_tokenizer, tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -271,6 +275,8 @@ def test_evaluations_in_one_table_and_one_record(measure, tmp_path, capfd):
     assert len(out) == 3 and out[2].startswith("| `jsonl` | 6 | 0.0 [0.0, 39.0] | - | - |")
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["tasks"]["jsonl"]["metrics"] == found["metrics"] and record["versions"]["jax"] == jax.__version__
+    assert script.main([str(folder), str(folder), "--json", str(tmp_path / "b")]) == 2
+    assert "of the same task" in capfd.readouterr().err
     assert script.main([str(tmp_path)]) == 2 and "has no summary.json" in capfd.readouterr().err
 
 
@@ -445,6 +451,27 @@ def test_weights_that_overflow_are_named(measure, workspace, tmp_path, with_base
     line = error_line(measure(f"--model.path={model}", *base))
     assert "model.path: the log-prob of the gold replies is nan" in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_far_off_has_an_infinite_perplexity_and_a_report(measure, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    path = model / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * np.float32(1e5)
+    safetensors.numpy.save_file(tensors, path)
+    assert measure(f"--model.path={model}").code == 0
+    assert only(tmp_path)[0]["ppl_fit"]["mean"] is None
+    assert "| ppl_fit | inf [" in (folders(tmp_path)[0] / "report.md").read_text()
+
+
+def test_details_have_one_hash_in_every_process(workspace):
+    def of(details):
+        return item_hash(Example(Item("i", "p", "c", "a", details=details), [1], None, [2]))
+
+    assert of({"a": {"x", "b", "c"}}) == of({"a": ["b", "c", "x"]}) == of({"a": frozenset("xcb")})
+    assert of({"a": MappingProxyType({"b": 1})}) == of({"a": {"b": 1}}) != of({"a": {"b": 2}})
+    with pytest.raises(ConfigError, match="i: its details cannot be told from others"):
+        of({"a": object()})
 
 
 def test_only_what_is_generated_now_counts_as_cost(measure, tmp_path):

@@ -263,6 +263,8 @@ def test_what_was_measured_differently_is_said(tmp_path, capsys, script):
     first = make(tmp_path / "a", BEFORE, identity=identity())
     seeds = [make(tmp_path / str(seed), AFTER, identity=identity("c", seed=seed)) for seed in (1, 2)]
     assert "not measured alike" not in compare(script, capsys, first, ",".join(map(str, seeds)))
+    alone = make(tmp_path / "alone", AFTER, identity=identity("c") | {"scores": None})
+    assert "not measured alike" not in compare(script, capsys, first, alone), "the drift says that it has no base"
     longer = make(tmp_path / "longer", AFTER, identity=identity("c", length=9, base="d"))
     out = compare(script, capsys, first, longer)
     assert (

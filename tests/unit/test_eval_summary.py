@@ -85,6 +85,9 @@ def test_no_change_is_no_certainty():
     for exact in (np.zeros(6), np.ones(6), np.array([1, 0, 0, 1.0])):
         found = summary.gain(exact, exact)
         assert found["low"] < found["mean"] == 0 < found["high"] and found["interval"] == "newcombe"
+    for before, after in ((np.zeros(6), np.ones(6)), (np.ones(6), np.zeros(6))):
+        found = summary.gain(before, after)
+        assert abs(found["mean"]) == 1 and found["high"] - found["low"] > 0.2, "all changed alike"
     assert summary.graded(grades(0, 0, 0, 0), 2)["pass_at_k"]["2"]["high"] > 0.3
 
 

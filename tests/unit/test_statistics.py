@@ -432,6 +432,11 @@ def test_newcombe_s_interval_is_that_of_his_table(table, low, high):
     assert found.mean == pytest.approx((table[2] - table[1]) / sum(table))
 
 
+def test_newcombe_s_interval_of_very_many_items():
+    exact = np.arange(300_000) % 2
+    assert newcombe_interval(exact, exact).high < 0.01
+
+
 def test_newcombe_s_interval_covers_a_known_difference():
     random, hits = np.random.default_rng(0), 0
     for _ in range(400):

@@ -244,7 +244,9 @@ def _ratio(found: Estimate | None) -> str:
 def _value(found: Estimate | None, form: str) -> str:
     if found is None:
         return "-"
-    return f"{found['mean']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+    # JSON has no infinity: the perplexity of a model that is far off is null.
+    mean, low, high = ("inf" if found[end] is None else f"{found[end]:{form}}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _number(value: float | None) -> str:

@@ -69,7 +69,7 @@ def perplexity(sums: Sequence[Sums], logp: str = "logp", *, seed: int = 0) -> In
     if not (pooled := _pooled(sums, logp, seed)):
         return None
     # The perplexity falls as the mean log-prob rises, so the ends change places.
-    return Interval(*(float(np.exp(-value)) for value in (pooled.mean, pooled.high, pooled.low)))
+    return Interval(*_perplexities((pooled.mean, pooled.high, pooled.low)))
 
 
 def distances(sums: Sequence[Sums], *, seed: int = 0) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def released(sums: Sequence[Sums], logp: str) -> dict[str, Any]:
     """
     kept = [row for row in sums if row["tokens"]]
     logps = [row[logp] / row["tokens"] for row in kept]
-    named = {"logp_mean": logps, "ppl_mean": [float(np.exp(-value)) for value in logps]}
+    named = {"logp_mean": logps, "ppl_mean": _perplexities(logps)}
     named["jsd_mean"] = [row["jsd"] / row["tokens"] for row in kept]
     found: dict[str, Any] = {
         "num_examples": len(kept),
@@ -147,6 +147,11 @@ def paired(adapted: Sequence[Sums], base: Sequence[Sums], *, seed: int = 0) -> d
 def without_stop(completions: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[list[int]]:
     """Completions without the token that ends them, as perplexities are usually counted."""
     return [list(ids[:-1] if len(ids) and ids[-1] in stop_ids else ids) for ids in completions]
+
+
+def _perplexities(logps: Sequence[float]) -> list[float]:
+    with np.errstate(over="ignore"):  # infinity is what it is
+        return np.exp(-np.array(logps, float)).tolist()
 
 
 def _pooled(sums: Sequence[Mapping[str, float]], name: str, seed: int) -> Interval | None:

@@ -1,5 +1,6 @@
 """How sure a measured mean or difference is: bootstraps over test items and seeds, Wilson, McNemar; pass@k."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +159,7 @@ def newcombe_interval(before: Scores, after: Scores, *, level: float = 0.95) -> 
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     excess = both * neither - gained * lost
     excess = max(excess - len(before) / 2, 0) if excess > 0 else excess
-    correlation = excess / np.sqrt(margins) if margins else 0.0
+    correlation = excess / math.sqrt(margins) if margins else 0.0
 
     def arm(one: float, another: float) -> float:
         return float(np.sqrt(max(one**2 - 2 * correlation * one * another + another**2, 0.0)))

@@ -101,15 +101,17 @@ def option_scores(task: Task, items: Sequence[Item], logps: Sequence[Sequence[fl
 def gain(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """after − before over the same items with its 95% interval.
 
-    The paired bootstrap's; Newcombe's where items are right or wrong and none changed. For right and wrong also
-    McNemar's test, and the smallest difference that it could have found.
+    The paired bootstrap's; Newcombe's where items are right or wrong and all changed alike or not at all, of which
+    resampling would give an interval without width. For right and wrong also McNemar's test, and the smallest
+    difference that it could have found.
     """
     if not is_binary(before, after):
         return paired_bootstrap(before, after, seed=seed)._asdict() | {"interval": "bootstrap"}
     discordant = float(np.mean(before != after))
-    interval = paired_bootstrap(before, after, seed=seed) if discordant else newcombe_interval(before, after)
+    alike = np.ptp(np.asarray(after, float) - before) == 0
+    interval = newcombe_interval(before, after) if alike else paired_bootstrap(before, after, seed=seed)
     return interval._asdict() | {
-        "interval": "bootstrap" if discordant else "newcombe",
+        "interval": "newcombe" if alike else "bootstrap",
         "mcnemar": mcnemar(before, after)._asdict(),
         "minimum_detectable": _detectable(len(before), discordant),
     }
