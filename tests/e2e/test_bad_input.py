@@ -313,9 +313,9 @@ def test_before_the_first_checkpoint_there_is_none_to_keep(main, tmp_path):
 def test_the_named_items_are_those_of_the_batch(main, tmp_path, monkeypatch):
     seen, collect = [], train.collect_views
 
-    def remember(experiment, state, examples):
+    def remember(experiment, state, examples, phase):
         seen.append([example.item.id for example in examples])
-        return collect(experiment, state, examples)
+        return collect(experiment, state, examples, phase)
 
     monkeypatch.setattr(train, "collect_views", remember)
     with loss_becomes(float("nan"), step=3):
