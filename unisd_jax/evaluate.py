@@ -7,7 +7,6 @@ of the model it was trained from. Replies see no demonstration.
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from unisd_jax.parallel import multihost
 from unisd_jax.programs import use_compilation_cache
 from unisd_jax.provenance import environment
 from unisd_jax.resources import Meter
+from unisd_jax.results import require_writable
 from unisd_jax.sandbox import describe_containment
 from unisd_jax.subject import Subject, adapted_and_base, result_identity
 
@@ -148,10 +148,7 @@ def _check_task(experiment: Experiment) -> None:
                 f"{example.item.id}: its prompt and gold reply have {longest} tokens, the model reads at most {limit}; "
                 "choose other items or another model"
             )
-    folder = Path(config.output_dir) / config.name / "evaluation"
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {existing} is no directory that can be written; choose another")
+    require_writable(Path(config.output_dir) / config.name / "evaluation")
 
 
 def _announce(experiment: Experiment, base: Subject | None) -> None:

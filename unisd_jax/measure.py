@@ -135,8 +135,10 @@ def option_logprobs(experiment: Experiment, subject: Subject, meter: Meter) -> l
 
 def option_replies(experiment: Experiment, example: Example) -> list[list[int]]:
     """The token ids of the reply that names each option."""
+    replies = experiment.task.options(example.item)
     messages = student_messages(example.item.prompt, example.item.earlier)
-    return [experiment.chat.reply_ids(messages, reply) for reply in experiment.task.options(example.item)]
+    ids = experiment.chat.replies_ids([messages] * len(replies), replies, [example.student] * len(replies))
+    return [reply.tolist() for reply in ids]
 
 
 def sample_rows(experiment: Experiment) -> list[Example]:

@@ -138,11 +138,20 @@ def read_result(run_dir: Path) -> RunResult:
     )
 
 
-def _check_usable(run_dir: Path) -> None:
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+def require_writable(folder: Path) -> None:
+    """Refuses a folder below `output_dir` that could not be made or written.
+
+    Raises:
+      ConfigError: the nearest one that is there is no directory, or is not writable.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         found = "is not writable" if existing.is_dir() else "is not a directory"
         raise ConfigError(f"output_dir: {existing} {found}; choose another output_dir or name")
+
+
+def _check_usable(run_dir: Path) -> None:
+    require_writable(run_dir)
     if run_dir.is_dir() and not (run_dir / "config.yaml").exists():
         # `unisd_jax.evaluate` may have been here before the training.
         foreign = sorted(path.name for path in run_dir.iterdir() if path.name != "evaluation" and path.name[0] != ".")

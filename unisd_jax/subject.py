@@ -1,9 +1,10 @@
 """Who is measured, and all that a number said of it depends on: what evaluations are named and kept by."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,12 @@ def _weights(config: Config, checkpoint: Path) -> Identity:
     return {"weights": weights_hash(checkpoint, config.teacher.cache_dir)}
 
 
-def _code_hash(patterns: Sequence[str]) -> str:
+@functools.cache
+def _code_hash(patterns: tuple[str, ...]) -> str:
     return _hash_of(path for pattern in patterns for path in _PACKAGE.glob(pattern))
 
 
+@functools.cache
 def _kernel_hash() -> str:
     """Of the kernels, which may lie elsewhere."""
     return _hash_of(path for folder in unisd_jax.kernels.__path__ for path in Path(folder).rglob("*.py"))

@@ -6,7 +6,6 @@ that is known about a run; the same command continues it after any interruption,
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.progress import Progress
 from unisd_jax.report import write_report
-from unisd_jax.resources import Meter, Phase
+from unisd_jax.resources import Meter, Phase, peak_memory_gib
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.types import TrainState, Views
 
@@ -253,7 +252,7 @@ def host_metrics(experiment: Experiment, views: Views, step: int, started: float
         "seconds_rollout": collected - started,
         "seconds_update": now - collected,
         "seconds_step": now - started,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak_memory_gib(),
         "policy_version": step,
         "prompts_dropped": experiment.dropped,
         "items_without_negative": experiment.without_negative,

@@ -56,7 +56,7 @@ ALLOWED = {
     "subject": PARTS | {"experiment", "inputs"},
     "measure": PARTS | {"experiment", "subject"},
     "measured": PARTS | {"experiment", "measure", "subject"},
-    "evaluate": PARTS | {"experiment", "interrupt", "measure", "measured", "programs", "subject"},
+    "evaluate": PARTS | {"experiment", "interrupt", "measure", "measured", "programs", "results", "subject"},
 }
 # Modules that were split off another one for length.
 PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}

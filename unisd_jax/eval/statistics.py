@@ -49,8 +49,7 @@ def paired_bootstrap(
         of range.
     """
     before, after = _scores("before", before), _scores("after", after)
-    if len(before) != len(after):
-        raise ValueError(f"before has {len(before)} scores and after has {len(after)}: expected the same items in both")
+    _require_same_length(before, after)
     return mean_interval(after - before, seed=seed, samples=samples, level=level)
 
 
@@ -151,8 +150,7 @@ def newcombe_interval(before: Scores, after: Scores, *, level: float = 0.95) -> 
       ValueError: the lengths differ, there is no item, a score is neither 0 nor 1, or `level` is out of range.
     """
     before, after = _binary("before", before), _binary("after", after)
-    if len(before) != len(after):
-        raise ValueError(f"before has {len(before)} scores and after has {len(after)}: expected the same items in both")
+    _require_same_length(before, after)
     both, neither = int(np.sum(after & before)), int(np.sum(~after & ~before))
     gained, lost = int(np.sum(after & ~before)), int(np.sum(before & ~after))
     own, other = (wilson_interval(int(scores.sum()), len(scores), level=level) for scores in (after, before))
@@ -179,8 +177,7 @@ def mcnemar(before: Scores, after: Scores) -> McNemar:
       ValueError: the lengths differ, there is no item, or a score is neither 0 nor 1.
     """
     before, after = _binary("before", before), _binary("after", after)
-    if len(before) != len(after):
-        raise ValueError(f"before has {len(before)} scores and after has {len(after)}: expected the same items in both")
+    _require_same_length(before, after)
     gained, lost = int(np.sum(after & ~before)), int(np.sum(before & ~after))
     p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return McNemar(gained, lost, p_value)
@@ -275,6 +272,11 @@ def _drawn_seeds(scores: Float[np.ndarray, "S N"], rows: int, random: np.random.
     if seeds == 1:
         return np.broadcast_to(scores, (rows, scores.shape[1]))
     return random.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=rows) / seeds @ scores
+
+
+def _require_same_length(before: Scores, after: Scores) -> None:
+    if len(before) != len(after):
+        raise ValueError(f"before has {len(before)} scores and after has {len(after)}: expected the same items in both")
 
 
 def _require_level(level: float) -> None:
