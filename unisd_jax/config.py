@@ -7,7 +7,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from unisd_jax.config_loading import (
 )
 from unisd_jax.config_options import Config as Config
 from unisd_jax.config_options import DistributedOptions as DistributedOptions
+from unisd_jax.config_options import VllmOptions as VllmOptions
 from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
 # Options merged over a file where `parity` or `preset` has that value; a later one wins.
 _VARIANTS = ("parity.upstream", "preset.command", "preset.launcher")
 
+VLLM_PLACES = tuple(field.name for field in fields(VllmOptions) if field.name not in ("dtype", "sync"))
 # Where a run is kept and what is said about it; these may change when a run is resumed.
 _NOT_DEFINING = (
     "name",
@@ -48,6 +50,8 @@ _NOT_DEFINING = (
     "evaluation.every_items",
     "measure",
     "resources",
+    # Of the servers, all but what they compute in and what is sent to them.
+    *(f"rollout.vllm.{name}" for name in VLLM_PLACES),
 )
 
 
@@ -104,7 +108,7 @@ def config_hash(config: Config) -> str:
 
     The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `preset`, `logging.*`,
     `checkpoint.*`, `distributed.*`, `measure.*`, `resources.*`, `evaluation.every`, `evaluation.every_items`,
-    `teacher.cache_dir` and `train.compilation_cache`.
+    `teacher.cache_dir`, `train.compilation_cache` and `rollout.vllm.*` but its `dtype` and `sync`.
     """
     defining = {key: value for key, value in flatten(to_dict(config)).items() if _defines(key)}
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]

@@ -183,9 +183,33 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmOptions:
+    """Where the vLLM servers are, or how one is started, and how weights reach them."""
+
+    addresses: tuple[str, ...] = ()
+    python: str = ".venv-rollout/bin/python"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    devices: str | None = None
+    dtype: Literal["model", "float32", "bfloat16"] = "model"
+    max_sequences: int = 64
+    max_length: int | None = None
+    cache_gib: float = 4.0
+    arguments: tuple[str, ...] = ()
+    sync: Literal["weights", "adapter"] = "weights"
+    sync_dir: str | None = None
+    start_timeout: float = 600.0
+    request_timeout: float = 600.0
+    attempts: int = 4
+    max_probe_gap: float | None = None
+    take_over: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
     """Where the completions come from, and how they are sampled."""
 
+    engine: Literal["jax", "vllm"] = "jax"
     source: Literal["student", "base", "gold"] = "student"
     on_policy_share: float = 1.0
     max_completion_length: int = 1024
@@ -197,6 +221,8 @@ class RolloutOptions:
     stop: Literal["all", "tokenizer"] = "all"
     mask_truncated_completions: bool = False
     max_sampler_gap: float = 0.1
+    staleness: int = 0
+    vllm: VllmOptions = field(default_factory=VllmOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

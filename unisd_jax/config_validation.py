@@ -1,151 +1,17 @@
 """Which values make sense: ranges, divisibility, and switches that fit the mode."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from unisd_jax.config_loading import show, suggestion
 from unisd_jax.config_modes import SWITCHES, check_mode, mechanisms
+from unisd_jax.config_ranges import RANGES
 from unisd_jax.errors import ConfigError
 
+ADDRESS = re.compile(r"https?://[^/:\s]+:\d{1,5}")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-# What is expected, in words; the test for it; the options it is asked of. Null is not asked.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    (
-        "at least 1",
-        lambda x: x >= 1,
-        (
-            "model.lora.rank",
-            "data.train_limit",
-            "data.test_limit",
-            "data.max_prompt_length",
-            "data.length_multiple",
-            "data.length_buckets",
-            "teacher.ema_sync_steps",
-            "rollout.max_completion_length",
-            "train.steps",
-            "train.batch_size",
-            "train.micro_batches",
-            "mesh.data",
-            "mesh.fsdp",
-            "mesh.tensor",
-            "distributed.num_processes",
-            "distributed.timeout",
-            "head.chunk_size",
-            "head.vocab_block",
-            "evaluation.batch_size",
-            "evaluation.max_completion_length",
-            "evaluation.every_items",
-            "measure.samples",
-            "resources.pue",
-            "checkpoint.every",
-            "checkpoint.keep",
-            "logging.inert_after",
-            "objective.agreement.views_per_pass",
-            "teacher.contexts.demonstrations",
-            "teacher.contexts.induction_demonstrations",
-            "teacher.contexts.induction_instructions",
-            "teacher.contexts.induction_max_length",
-            "teacher.negatives.per_item",
-            "teacher.negatives.attempts",
-            "teacher.negatives.max_length",
-        ),
-    ),
-    (
-        "0 or more",
-        lambda x: x >= 0,
-        (
-            "distributed.process_id",
-            "rollout.top_k",
-            "rollout.min_completion_length",
-            "optimizer.weight_decay",
-            "evaluation.drift_tokens",
-            "evaluation.every",
-            "measure.temperature",
-            "measure.top_k",
-            "measure.retries",
-            "resources.carbon_g_per_kwh",
-            "logging.samples",
-            "teacher.contexts.num_auxiliary_contexts",
-            "objective.num_loss_tokens_to_skip",
-            "objective.agreement.gamma_agreement",
-            "objective.agreement.agreement_cap",
-            "objective.agreement.budget.audit_steps",
-            "objective.contrast.contrastive_weight",
-            "objective.contrast.contrastive_margin",
-            "objective.matching.final_layer_distill_weight",
-        ),
-    ),
-    (
-        "greater than 0",
-        lambda x: x > 0,
-        (
-            "model.lora.alpha",
-            "rollout.temperature",
-            "rollout.max_sampler_gap",
-            "optimizer.learning_rate",
-            "optimizer.eps",
-            "optimizer.max_grad_norm",
-            "objective.entry_ceiling",
-            "objective.clip.token_clip",
-            "objective.importance.cap",
-            "teacher.contexts.induction_temperature",
-            "teacher.negatives.temperature",
-            "measure.retry_temperature",
-            "resources.device_watts",
-        ),
-    ),
-    (
-        "between 0 and 1",
-        lambda x: 0 <= x <= 1,
-        (
-            "teacher.ema_decay",
-            "teacher.self_min_agreement",
-            "teacher.negatives.min_coverage",
-            "objective.alpha",
-            "objective.agreement.agreement_quantile",
-            "optimizer.warmup_ratio",
-            "rollout.on_policy_share",
-        ),
-    ),
-    (
-        "at least 0 and below 1",
-        lambda x: 0 <= x < 1,
-        ("rollout.min_p", "measure.min_p", "optimizer.b1", "optimizer.b2", "model.lora.dropout"),
-    ),
-    (
-        "above 0 and at most 1",
-        lambda x: 0 < x <= 1,
-        (
-            "rollout.top_p",
-            "measure.top_p",
-            "resources.utilization",
-            "objective.top_entropy_quantile",
-            "objective.clip.token_clip_quantile",
-            "objective.agreement.budget.share",
-        ),
-    ),
-    ("at least 2", lambda x: x >= 2, ("teacher.self_samples", "teacher.contexts.pool")),
-    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed", "data.form.option_seed")),
-    (
-        "a non-empty string",
-        lambda x: x.strip() != "",
-        (
-            "model.path",
-            "distributed.coordinator",
-            "output_dir",
-            "teacher.cache_dir",
-            "teacher.contexts.encoder_path",
-            "logging.wandb_project",
-        ),
-    ),
-    (
-        "a plain folder name",
-        lambda x: x.strip() != "" and not x.startswith(".") and not set(x) & set("/\\\0"),
-        ("name",),
-    ),
-)
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -157,7 +23,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, found {show(value)}")
-    for expected, holds, names in _RANGES:
+    for expected, holds, names in RANGES:
         for name in names:
             if values[name] is not None and not holds(values[name]):
                 raise ConfigError(f"{name} must be {expected}, found {show(values[name])}")
@@ -168,6 +34,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_clip_and_tokens(values)
     _check_views(values)
     _check_losses(values)
+    _check_rollout(values)
     _check_evaluation(values)
 
 
@@ -298,6 +165,25 @@ def _check_losses(values: Mapping[str, Any]) -> None:
             'teacher.condition is "none" and there is no contrast: '
             "the teacher would equal the student at the start, and nothing would be learned"
         )
+
+
+def _check_rollout(values: Mapping[str, Any]) -> None:
+    staleness, source = values["rollout.staleness"], values["rollout.source"]
+    if staleness and (source != "student" or values["rollout.on_policy_share"] < 1):
+        raise ConfigError(
+            f"rollout.staleness is {staleness}: completions are sampled ahead from the student, it needs "
+            "rollout.source=student always"
+        )
+    if staleness and values["objective.importance.level"] == "none":
+        raise ConfigError(
+            f"rollout.staleness is {staleness}: completions of older weights need importance weights; set "
+            "objective.importance.level=token or sequence"
+        )
+    for address in values["rollout.vllm.addresses"]:
+        if not ADDRESS.fullmatch(address):
+            raise ConfigError(f"rollout.vllm.addresses must be like http://10.0.0.7:8000, found {show(address)}")
+    if values["rollout.vllm.sync"] == "adapter" and values["model.trainable"] != "lora":
+        raise ConfigError("rollout.vllm.sync=adapter sends an adapter: it needs model.trainable=lora")
 
 
 def _check_evaluation(values: Mapping[str, Any]) -> None:

@@ -337,6 +337,19 @@ def test_an_unknown_key_deep_in_a_file(write):
 # --- Ranges and combinations ---
 
 _OUT_OF_RANGE = {
+    "rollout.staleness": ["-1"],
+    "rollout.vllm.port": ["0"],
+    "rollout.vllm.max_sequences": ["0"],
+    "rollout.vllm.max_length": ["0"],
+    "rollout.vllm.attempts": ["0"],
+    "rollout.vllm.cache_gib": ["0", "-1"],
+    "rollout.vllm.start_timeout": ["0"],
+    "rollout.vllm.request_timeout": ["0"],
+    "rollout.vllm.max_probe_gap": ["0"],
+    "rollout.vllm.python": ["''"],
+    "rollout.vllm.host": ["''"],
+    "rollout.vllm.devices": ["''"],
+    "rollout.vllm.sync_dir": ["''"],
     "model.lora.rank": ["0", "-1"],
     "model.lora.alpha": ["0", "-1"],
     "model.lora.dropout": ["-0.1", "1"],
@@ -502,6 +515,13 @@ def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
         (["--objective.loss=nll"], 'mode "plain" needs objective.loss="divergence", found "nll"'),
         (["--mode=ema", "--teacher.ema=true", "--objective.loss=nll"], 'mode "ema" needs objective.loss'),
         (["--teacher.condition=none"], "teacher would equal the student at the start"),
+        (["--rollout.staleness=1"], "completions of older weights need importance weights; set objective.importance"),
+        (
+            ["--mode=sft", "--objective.loss=nll", "--rollout.source=gold", "--rollout.staleness=1"],
+            "rollout.staleness is 1: completions are sampled ahead from the student, it needs rollout.source=student",
+        ),
+        (["--rollout.vllm.addresses=[10.0.0.7]"], "must be like http://10.0.0.7:8000, found \"10.0.0.7\""),
+        (["--rollout.vllm.sync=adapter", "--model.trainable=full"], "it needs model.trainable=lora"),
     ],
 )
 def test_contradictions(minimal, overrides, said):
@@ -618,6 +638,9 @@ def test_the_hash_names_the_numbers_only(write):
         "objective.agreement.views_per_pass": "2", "objective.agreement.budget.unit": "token",
         "objective.agreement.budget.signal": "spread", "objective.importance.level": "token",
         "rollout.source": "base", "rollout.stop": "tokenizer",
+        "rollout.engine": "vllm", "rollout.staleness": "7 --objective.importance.level=token",
+        "rollout.vllm.addresses": "[http://a:1]", "rollout.vllm.arguments": "[--a]", "rollout.vllm.dtype": "float32",
+        "rollout.vllm.sync": "adapter", "rollout.vllm.take_over": "true",
         "optimizer.schedule": "constant", "evaluation.enabled": "false",
         "head.implementation": "chunked", "model.attention": "xla", "train.remat": "layer",
         "train.micro_batches": "2", "mesh.data": "2", "mesh.fsdp": "2", "resources.pue": "1.125",
@@ -635,6 +658,7 @@ def test_the_hash_names_the_numbers_only(write):
         free = name in (
             "teacher.cache_dir", "train.compilation_cache", "evaluation.every", "evaluation.every_items",
         )  # fmt: skip
+        free |= name.startswith("rollout.vllm.") and name not in ("rollout.vllm.dtype", "rollout.vllm.sync")
         free |= name.split(".")[0] in (
             "name", "output_dir", "logging", "checkpoint", "distributed", "measure", "resources",
         )  # fmt: skip

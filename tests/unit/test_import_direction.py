@@ -59,7 +59,7 @@ ALLOWED = {
     "evaluate": PARTS | {"experiment", "interrupt", "measure", "measured", "programs", "results", "subject"},
 }
 # Modules that were split off another one for length.
-PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "validation")}
+PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "ranges", "validation")}
 PART_OF["sandbox_child"] = "sandbox"
 
 FOREIGN = {
