@@ -520,7 +520,7 @@ def test_the_edges_of_the_ranges_are_allowed(minimal, overrides):
             ["--mode=sft", "--objective.loss=nll", "--rollout.source=gold", "--rollout.staleness=1"],
             "rollout.staleness is 1: completions are sampled ahead from the student, it needs rollout.source=student",
         ),
-        (["--rollout.vllm.addresses=[10.0.0.7]"], "must be like http://10.0.0.7:8000, found \"10.0.0.7\""),
+        (["--rollout.vllm.addresses=[10.0.0.7]"], 'must be like http://10.0.0.7:8000, found "10.0.0.7"'),
         (["--rollout.vllm.sync=adapter", "--model.trainable=full"], "it needs model.trainable=lora"),
     ],
 )

@@ -1,9 +1,9 @@
 """Sampling inside vLLM as `unisd_jax.rollout.jax_sampler` has it, with the log-probs that training needs.
 
-vLLM reports log-probs either before the temperature or after top-k, top-p and min-p have been renormalised; an importance
-ratio needs neither. So temperature and truncation happen here, on log-probs of the whole softmax at the
-sampling temperature, and the server, started with `--logprobs-mode processed_logits`, reports the sampled token's value as it
-leaves this processor. Runs in vLLM's process, with vLLM's libraries; settings come in a request's `extra_args`.
+vLLM reports log-probs either before the temperature, or after top-k, top-p and min-p with what is left renormalised; an
+importance ratio needs neither. So temperature and truncation happen here, on log-probs of the whole softmax at the
+sampling temperature, and the server, started with `--logprobs-mode processed_logits`, reports the sampled token's value
+as it leaves this processor. It runs in vLLM's process with vLLM's libraries; settings come in a request's `extra_args`.
 """
 
 from typing import Any, NamedTuple
