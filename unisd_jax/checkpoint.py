@@ -4,7 +4,6 @@ A checkpoint of step n holds the train state, the data iterator's place and a re
 tried from the newest backwards; one that cannot be read is moved aside, never silently.
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from unisd_jax.errors import UserError
-from unisd_jax.models.layout import path_name
+from unisd_jax.models.checksums import checksums, named_leaves
 from unisd_jax.parallel import multihost
 from unisd_jax.types import TrainState
 
@@ -56,7 +54,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        leaves = _named_leaves(state)
+        leaves = named_leaves(state)
         meta = {"format": FORMAT, "record": record, "data": data, "checksums": checksums(leaves)}
         meta |= {"digest": _digest(meta)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
@@ -91,7 +89,7 @@ class Checkpoints:
                 problem = _reason(error)
             # All processes have read on their own until here; a sum over a divided array needs all of them.
             if not any(multihost.largest(int(restored is None))):
-                if checksums(_named_leaves(restored.state)) == expected:
+                if checksums(named_leaves(restored.state)) == expected:
                     return restored
                 problem = "its arrays are not the ones that were saved"
             self._move_aside(step, problem)
@@ -138,7 +136,7 @@ class Checkpoints:
             raise UserError(f"{self.directory}/{step}: not a checkpoint of this program (format {FORMAT} expected)")
         if not whole:
             raise ValueError("its record is not the one that was saved")
-        leaves = _named_leaves(like)
+        leaves = named_leaves(like)
         _check_same_leaves(meta["checksums"], leaves, self.directory / str(step))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
         handler = ocp.StandardCheckpointHandler()
@@ -156,25 +154,6 @@ class Checkpoints:
         multihost.wait_for_all(f"the damaged checkpoint {step}")
         self._manager.reload()
         self.say(f"checkpoint of step {step} cannot be read ({problem}); moved to {target}, trying the one before")
-
-
-def checksums(leaves: dict[str, jax.Array]) -> dict[str, list]:
-    """Shape, dtype and the sum of the 32-bit words of every array: cheap, exact, and the same however it is sharded."""
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), int(_word_sum(jnp.asarray(leaf)))] for name, leaf in leaves.items()
-    }
-
-
-@functools.partial(jax.jit)
-def _word_sum(leaf: jax.Array) -> jax.Array:
-    words = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float32).view(jnp.uint32)
-    # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32. The positions are made
-    # axis by axis: numbered in one row, a leaf that is divided would first be gathered.
-    places, step = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        places += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(step % 2**32)
-        step *= leaf.shape[axis]
-    return jnp.sum(words.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
 
 
 def _ignore_closed_loops() -> None:
@@ -200,11 +179,6 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
 
 
-def _named_leaves(state: TrainState) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {path_name(path).replace("/", "."): leaf for path, leaf in flat}
-
-
 def _check_same_leaves(saved: dict[str, list], leaves: dict[str, jax.Array], where: Path) -> None:
     needed = {name: [list(leaf.shape), str(np.dtype(leaf.dtype))] for name, leaf in leaves.items()}
     for name in needed | saved:
@@ -217,4 +191,8 @@ def _check_same_leaves(saved: dict[str, list], leaves: dict[str, jax.Array], whe
 
 
 def _holds_files(directory: Path) -> bool:
-    return directory.is_dir() and any(path.is_file() for path in directory.rglob("*"))
+    # What a killed save has left is removed by orbax, in its own time.
+    return directory.is_dir() and any(
+        path.is_file() and ".orbax-checkpoint-tmp" not in str(path.relative_to(directory))
+        for path in directory.rglob("*")
+    )

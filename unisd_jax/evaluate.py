@@ -4,6 +4,7 @@ The checkpoint is `model.path`; a trained model is `runs/<name>/hf`, or `--model
 of the model it was trained from. Replies see no demonstration.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -71,6 +72,20 @@ def run(config: Config) -> EvalResult:
         print(f"{folder} has this evaluation already; delete it to measure again")
         return read_result(folder)
     _announce(experiment, base)
+    with contextlib.closing(experiment.sampler):
+        return _measured(experiment, subject, base, identity, key, folder, meter)
+
+
+def _measured(
+    experiment: Experiment,
+    subject: Subject,
+    base: Subject | None,
+    identity: dict[str, Any],
+    key: str,
+    folder: Path,
+    meter: Meter,
+) -> EvalResult:
+    config = experiment.config
     own = measure(experiment, subject, meter, base=base, retries=config.measure.retries)
     other = reverse = None
     if base is not None:
@@ -121,7 +136,9 @@ def _settings(config: Config) -> dict[str, Any]:
     """The options that an evaluation reads."""
     tree = configuration.to_dict(config)
     names = ("seed", "model", "data", "evaluation", "measure", "resources", "head", "mesh")
-    return {name: tree[name] for name in names} | {"rollout": {"stop": tree["rollout"]["stop"]}}
+    return {name: tree[name] for name in names} | {
+        "rollout": {name: tree["rollout"][name] for name in ("engine", "stop")}
+    }
 
 
 def _check_task(experiment: Experiment) -> None:

@@ -32,11 +32,15 @@ from unisd_jax.optim import adamw, learning_rate_schedule
 from unisd_jax.preparation import shared_views
 from unisd_jax.random import purpose_key
 from unisd_jax.resources import Phase
-from unisd_jax.rollout import JaxSampler, Sampling
+from unisd_jax.rollout import RolloutEngine, Sampling
+from unisd_jax.rollout.engines import make_engine
 from unisd_jax.step import StepSettings, init_state, weights
 from unisd_jax.teacher import student_messages
 from unisd_jax.teacher.scoring import Budget
 from unisd_jax.types import TrainState
+
+# Items whose prompts and gold replies prove that an engine in another process has the right weights.
+PROBED = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Experiment:
     test: Sequence[Example]
     dropped: int
     without_negative: int
-    sampler: JaxSampler
+    sampler: RolloutEngine
     sampling: Sampling
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -95,6 +99,10 @@ def build(config: Config, *, read_only: bool = False, training: bool = True) -> 
         schedule=config.optimizer.schedule, zero_first_rate=config.optimizer.zero_first_rate,
     )  # fmt: skip
     rollout = config.rollout
+    sampler = make_engine(
+        config, model, inputs.checkpoint, [(example.student, example.gold) for example in (train or test)[:PROBED]],
+        pad_id=chat.pad_id, folder=Path(config.output_dir) / config.name,
+    )  # fmt: skip
     return Experiment(
         config=config,
         mesh=inputs.mesh,
@@ -108,7 +116,7 @@ def build(config: Config, *, read_only: bool = False, training: bool = True) -> 
         test=test,
         dropped=dropped,
         without_negative=without_negative,
-        sampler=JaxSampler(model),
+        sampler=sampler,
         sampling=Sampling(
             rollout.max_completion_length,
             chat.stop_ids,

@@ -33,9 +33,14 @@ def check_metrics(
             raise UserError(f"step {step}: {name} is {metrics[name]}; {_what_is_left(examples, checkpoints)}")
     gap, limit = metrics.get("sampler_gap", 0.0), config.rollout.max_sampler_gap
     if gap > limit:
+        why, staleness = "the rollouts are not the policy's own", config.rollout.staleness
+        if staleness:
+            why = (
+                f"too much for samples of weights {staleness} updates old: lower rollout.staleness or the learning rate"
+            )
         raise UserError(
             f"step {step}: sampler and trainer differ by {gap:.3g} nats per token (rollout.max_sampler_gap "
-            f"is {limit}): the rollouts are not the policy's own; {_last_good(checkpoints)}"
+            f"is {limit}): {why}; {_last_good(checkpoints)}"
         )
 
 

@@ -148,8 +148,9 @@ def sample_rows(experiment: Experiment) -> list[Example]:
 
 def _generate(experiment: Experiment, subject: Subject, rows: Sequence[Example], phase: Phase) -> list[Reply]:
     identity = generation_identity(experiment, subject)
-    subject.engine.publish(subject.network.params, 0)
     with _kept(experiment.config, "generations", identity, len(rows)) as kept:
+        if len(kept[0]) < len(rows) or experiment.config.measure.retries:
+            subject.engine.publish(subject.network.params, 0)
         return _replies(experiment, subject, rows, sampling_of(experiment), kept, phase)
 
 

@@ -60,7 +60,7 @@ def adapted_and_base(experiment: Experiment) -> tuple[Subject, Subject | None]:
         identity = identity | {"adapter": adapter_hash(adapter, config.teacher.cache_dir)}
     if config.measure.base is not None:
         base = _other(experiment, config.measure.base)
-    return Subject(own, JaxSampler(experiment.model), identity), base
+    return Subject(own, experiment.sampler, identity), base
 
 
 def sampling_of(experiment: Experiment) -> Sampling:
@@ -79,7 +79,7 @@ def generation_identity(experiment: Experiment, subject: Subject) -> Identity:
         "format": FORMAT,
         **subject.identity,
         **_computing(experiment, subject),
-        "engine": type(subject.engine).__name__,
+        "engine": _engine(config, subject),
         "chat": experiment.chat.identity(),
         "prompts": text_hash([int(token) for token in example.student] for example in experiment.test),
         "sampling": dataclasses.asdict(sampling_of(experiment)),
@@ -145,6 +145,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__}")
 
 
+def _engine(config: Config, subject: Subject) -> str:
+    """Who generates; a server may compute in another type than the trainer."""
+    name = type(subject.engine).__name__
+    return f"{name} {config.rollout.vllm.dtype}" if name == "VllmEngine" else name
+
+
 def _computing(experiment: Experiment, subject: Subject) -> Identity:
     """What decides how numbers are rounded, so that one evaluation is not made by two kinds of machine."""
     config = experiment.config
@@ -171,7 +177,9 @@ def _other(experiment: Experiment, path: str) -> Subject:
             f"measure.base: {path} has another vocabulary, tokenizer or chat template than {config.model.path}; "
             "expected the checkpoint that it was trained from"
         )
-    return Subject(Network(model, params), JaxSampler(model), _weights(config, checkpoint))
+    # A vLLM server holds any weights of the architecture that it was started with.
+    engine = experiment.sampler if model.config == experiment.model.config else JaxSampler(model)
+    return Subject(Network(model, params), engine, _weights(config, checkpoint))
 
 
 def _weights(config: Config, checkpoint: Path) -> Identity:

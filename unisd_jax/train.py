@@ -4,11 +4,12 @@ The whole method in three jumps: `run` below → `step.train_step` → `losses.o
 that is known about a run; the same command continues it after any interruption, to the same numbers.
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from unisd_jax import config as configuration
 from unisd_jax.checkpoint import Checkpoints
-from unisd_jax.collection import collect_views
+from unisd_jax.collection import finish_batch
 from unisd_jax.config import Config
 from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError, report_error
@@ -31,7 +32,7 @@ from unisd_jax.experiment import (
     shared_options,
     student_params,
 )
-from unisd_jax.guards import check_metrics, check_weights
+from unisd_jax.guards import all_finite, check_metrics, check_weights
 from unisd_jax.inert import InertMechanisms
 from unisd_jax.interrupt import INTERRUPTED, Interrupted, stop_on_signal
 from unisd_jax.io import write_json_atomic
@@ -45,6 +46,8 @@ from unisd_jax.progress import Progress
 from unisd_jax.report import write_report
 from unisd_jax.resources import Meter, Phase, peak_memory_gib
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
+from unisd_jax.rollout import RolloutFailed
+from unisd_jax.sampling_ahead import BatchQueue
 from unisd_jax.types import TrainState, Views
 
 
@@ -73,10 +76,16 @@ def run(config: Config) -> RunResult:
     meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config)
-        data = training_batches(experiment)
+        queue = BatchQueue(experiment, training_batches(experiment))
         if multihost.is_main():
             write_config(run_dir, config)
         multihost.wait_for_all("the configuration")
+    with contextlib.closing(experiment.sampler):
+        return _run(experiment, queue, run_dir, meter, started)
+
+
+def _run(experiment: Experiment, queue: BatchQueue, run_dir: Path, meter: Meter, started: float) -> RunResult:
+    config = experiment.config
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     try:
         state = new_state(experiment)
@@ -84,12 +93,12 @@ def run(config: Config) -> RunResult:
         if restored is not None:
             require_same_base(experiment, restored.record)
             state = restored.state
-            data.set_state(restored.data)
+            queue.set_state(restored.data, restored.record.get("begun", []))
             print(f"continuing after step {int(state.step)}", flush=True)
         with meter.phase("evaluation") as phase:
             before = evaluate_before(experiment, run_dir, phase)
         progress, timer = Progress(experiment, before), {}
-        state = train(experiment, state, data, checkpoints, run_dir, progress, meter, timer, started)
+        state = train(experiment, state, queue, checkpoints, run_dir, progress, meter, timer, started)
     finally:
         checkpoints.close()
     timer["training"] = sum(record["seconds_step"] for record in read_metrics(run_dir / METRICS_FILE))
@@ -112,7 +121,7 @@ def run(config: Config) -> RunResult:
 def train(
     experiment: Experiment,
     state: TrainState,
-    data: Iterator,
+    queue: BatchQueue,
     checkpoints: Checkpoints,
     run_dir: Path,
     progress: Progress,
@@ -137,9 +146,9 @@ def train(
         wandb=options if config.logging.wandb else None,
     )
 
-    def save():
-        step = int(state.step)
-        checkpoints.save(state, data=data.get_state(), record=record | {"policy_version": step})
+    def save(*, begun_too: bool = True):
+        place, begun = queue.get_state() if begun_too else (queue.place_of_taken(), [])
+        checkpoints.save(state, data=place, record=record | {"policy_version": int(state.step), "begun": begun})
 
     with writer, stop_on_signal() as stop:
         programs = StepPrograms(experiment, state, say=writer.message)
@@ -149,8 +158,11 @@ def train(
         for earlier in read_metrics(run_dir / METRICS_FILE) if int(state.step) > 0 else ():
             inert.see({name: math.nan if value is None else value for name, value in earlier.items()})
         while int(state.step) < config.train.steps:
-            step, examples = int(state.step), next(data)
-            state, metrics = one_step(experiment, state, examples, programs, meter)
+            step = int(state.step)
+            try:
+                state, metrics, examples = one_step(experiment, state, queue, programs, meter)
+            except RolloutFailed as error:
+                raise stopped_by_engine(error, state, save, checkpoints) from error
             check_metrics(metrics, config, step + 1, examples, checkpoints)
             # A run that is to stop has no time for it: what is not saved is lost.
             if progress.is_due(step + 1) and not any(multihost.largest(int(stop.requested))):
@@ -175,21 +187,34 @@ def train(
 
 
 def one_step(
-    experiment: Experiment, state: TrainState, examples: Sequence[Example], programs: StepPrograms, meter: Meter
-) -> tuple[TrainState, dict[str, float]]:
+    experiment: Experiment, state: TrainState, queue: BatchQueue, programs: StepPrograms, meter: Meter
+) -> tuple[TrainState, dict[str, float], Sequence[Example]]:
     """Collects the views of a batch and updates; the metrics are those of the step and what the host knows of it."""
     begun, step, compiling = time.monotonic(), int(state.step), programs.seconds
     with meter.phase("rollout") as phase:
-        views, collection = collect_views(experiment, state, examples, phase)
+        batch = queue.take(state)
+        views, collection = finish_batch(experiment, batch, phase)
     collected = time.monotonic()
     with meter.phase("update") as phase:
         views = jax.device_put(views, batch_sharding(experiment.mesh))
         state, metrics = programs.run(state, views)
         metrics = {name: float(value) for name, value in metrics.items()}
         phase.add(**view_tokens(views))
-    metrics |= collection | host_metrics(experiment, views, step, begun, collected)
+    metrics |= collection | host_metrics(experiment, views, step, begun, collected) | experiment.sampler.measurements()
     metrics |= {"programs_compiled": len(programs), "seconds_compiling": programs.seconds - compiling}
-    return state, metrics
+    return state, metrics, batch.examples
+
+
+def stopped_by_engine(
+    error: RolloutFailed, state: TrainState, save: Callable[..., None], checkpoints: Checkpoints
+) -> UserError:
+    """The error of a run whose engine is gone: its state is whole, and saved where one process can do so alone."""
+    step = int(state.step)
+    if multihost.process_count() > 1 or step == 0 or not all_finite(state):
+        return error
+    save(begun_too=False)
+    checkpoints.wait()
+    return RolloutFailed(f"{error}; step {step} is saved, the same command continues")
 
 
 def base_revision(experiment: Experiment) -> str | None:
@@ -253,7 +278,6 @@ def host_metrics(experiment: Experiment, views: Views, step: int, started: float
         "seconds_update": now - collected,
         "seconds_step": now - started,
         "peak_memory_gib": peak_memory_gib(),
-        "policy_version": step,
         "prompts_dropped": experiment.dropped,
         "items_without_negative": experiment.without_negative,
     }

@@ -311,13 +311,13 @@ def test_before_the_first_checkpoint_there_is_none_to_keep(main, tmp_path):
 
 
 def test_the_named_items_are_those_of_the_batch(main, tmp_path, monkeypatch):
-    seen, collect = [], train.collect_views
+    seen, finish = [], train.finish_batch
 
-    def remember(experiment, state, examples, phase):
-        seen.append([example.item.id for example in examples])
-        return collect(experiment, state, examples, phase)
+    def remember(experiment, batch, phase):
+        seen.append([example.item.id for example in batch.examples])
+        return finish(experiment, batch, phase)
 
-    monkeypatch.setattr(train, "collect_views", remember)
+    monkeypatch.setattr(train, "finish_batch", remember)
     with loss_becomes(float("nan"), step=3):
         line = error_line(main(tmp_path, *TRAIN_ONLY))
     assert line.endswith(", ".join(seen[2])) and seen[2] != seen[1]

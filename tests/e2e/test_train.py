@@ -39,7 +39,7 @@ MEASURED = {
     "learning_rate", "loss_divergence", "loss_share_divergence", "gradient_share_divergence", "teacher_distance",
     "teacher_motion", "ema_truncation", "sampler_gap", "sampler_gap_max", "tokens_per_second", "seconds_rollout",
     "seconds_update", "seconds_step", "peak_memory_gib", "policy_version", "prompts_dropped", "items_without_negative",
-    "seconds_compiling", "programs_compiled",
+    "seconds_compiling", "programs_compiled", "seconds_waiting",
 }  # fmt: skip
 
 

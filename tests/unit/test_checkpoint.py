@@ -12,9 +12,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from unisd_jax.checkpoint import Checkpoints, checksums
+from unisd_jax.checkpoint import Checkpoints
 from unisd_jax.errors import UserError
 from unisd_jax.models import init_lora
+from unisd_jax.models.checksums import checksums
 from unisd_jax.models.layout import place
 from unisd_jax.parallel.mesh import build_mesh
 from unisd_jax.step import StepSettings, init_state

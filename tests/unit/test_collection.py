@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import toys
 
-from unisd_jax.collection import collect_views, majority, own_answers
+from unisd_jax.collection import begin_batch, collect_views, majority, own_answers
 from unisd_jax.config import load_config
 from unisd_jax.data.buckets import length_buckets
 from unisd_jax.data.pipeline import tokenize
 from unisd_jax.experiment import build, new_state, student_params
+from unisd_jax.models import merge
 from unisd_jax.preparation import training_views
-from unisd_jax.rollout import Rollout
+from unisd_jax.rollout import Rollout, RolloutEngine
 from unisd_jax.rollout.protocol import require_version
 from unisd_jax.teacher import student_messages, teacher_messages
 from unisd_jax.testing import tiny_checkpoint
@@ -26,18 +27,18 @@ BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 LENGTH, BATCH = 12, 4
 
 # Of the completions as they are, in every step.
-LENGTHS = {"completion_length", "eos_rate", "truncated_share"}
+LENGTHS = {"completion_length", "eos_rate", "truncated_share", "seconds_waiting", "policy_version"}
 
 
-class Scripted:
+class Scripted(RolloutEngine):
     """A sampler that replies with the given texts in turn; one that ends in "…" is cut at the limit instead."""
 
     def __init__(self, model, chat, texts):
         self.model, self.chat, self.texts = model, chat, texts
         self.published, self.keys, self.prompts, self.version = [], [], [], None
 
-    def publish(self, params, version):
-        self.published.append(params)
+    def publish(self, params, version, lora=None):
+        self.published.append(merge(params, lora))
         self.version = version
 
     def generate(self, prompt_ids, prompt_mask, sampling, *, key, version):
@@ -187,7 +188,7 @@ def sources(prepared, steps=200):
 @pytest.fixture
 def quick_merge(monkeypatch):
     """Steps whose weights nobody looks at."""
-    monkeypatch.setattr("unisd_jax.collection.student_params", lambda experiment, state: experiment.base)
+    monkeypatch.setattr("unisd_jax.collection.policy", lambda experiment, state: (experiment.base, int(state.step)))
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -244,10 +245,14 @@ SAMPLES = ("x", "y", "x", "x", "a", "b", "c", "d", "p", "q", "p", "p…", "z…"
 
 def test_own_answers_are_the_teachers_demonstration(prepare):
     experiment, state = prepare("teacher.condition=self", texts=SAMPLES)
-    params = student_params(experiment, state)
-    own = own_answers(experiment, params, experiment.train[:BATCH], 3, 40)
+    examples = experiment.train[:BATCH]
+    rollout = begin_batch(experiment, state, examples).answers.result()
+    own = own_answers(experiment, rollout, examples)
+    del experiment.sampler.prompts[4 * BATCH :]  # of the rollout itself
     assert own.shares == [0.75, 0.25, 0.5, 0.0] and own.accepted.tolist() == [True, False, True, False]
-    assert len(experiment.sampler.prompts) == 4 * BATCH and experiment.sampler.published == [params]
+    assert experiment.sampler.prompts == [list(example.student) for example in examples for _ in range(4)]
+    (published,) = experiment.sampler.published
+    toys.assert_trees_close(published, student_params(experiment, state))
     for example, prompt, reply in zip(experiment.train, own.prompts, ("x", None, "p", None), strict=False):
         question = example.item.prompt
         if reply is None:

@@ -52,13 +52,13 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Me
     multiple = 1 if mesh is None else mesh.shape["tensor"] * mesh.shape["fsdp"]
     model, shapes = Model.build(read_config(path), dtype=dtype, vocab_multiple=multiple)
     tensors = _Tensors(path, model.config)
-    surplus = set(tensors.places) - {name for keys in _leaves(shapes) for name in tensor_names(model.config, keys)}
+    surplus = set(tensors.places) - {name for keys in leaf_paths(shapes) for name in tensor_names(model.config, keys)}
     if surplus:
         raise UserError(f"{path}: holds {sorted(surplus)[0]}, which {model.config.family} has no place for")
     params: dict[str, Any] = {}
-    for keys in _leaves(shapes):
-        stored = [tensors.view(name, shape) for name, shape in _stored_shapes(model.config, keys, _at(shapes, keys))]
-        leaf, bad = load_leaf(keys, stored, _at(shapes, keys), mesh)
+    for keys in leaf_paths(shapes):
+        stored = [tensors.view(name, shape) for name, shape in stored_shapes(model.config, keys, leaf_at(shapes, keys))]
+        leaf, bad = load_leaf(keys, stored, leaf_at(shapes, keys), mesh)
         if bad is not None:
             raise UserError(f"{path}: tensor {tensor_names(model.config, keys)[bad]} holds NaN or infinity")
         _put(params, keys, leaf)
@@ -90,7 +90,7 @@ def save_hf(
             pass
         return
     with replaced_folder(path) as folder:
-        _write_shards(folder, _shards(entries, shard_bytes), tensors)
+        write_shards(folder, split_shards(entries, shard_bytes), tensors)
         write_json_atomic(folder / "config.json", _exported_config(model.config, source, entries[0].dtype))
         for name in TOKENIZER_FILES if source is not None else ():
             if (Path(source) / name).exists():
@@ -106,8 +106,8 @@ def iter_hf_tensors(
     model: Model, params: dict[str, Any], *, fetch: Callable[[jax.Array], np.ndarray] = np.asarray
 ) -> Iterator[tuple[str, np.ndarray]]:
     """`hf_tensors` one by one; the host holds the tensor it is given and no other."""
-    for keys in _leaves(params):
-        leaf = jnp.asarray(_at(params, keys))
+    for keys in leaf_paths(params):
+        leaf = jnp.asarray(leaf_at(params, keys))
         for layer, name in enumerate(tensor_names(model.config, keys)):
             value = leaf
             if keys[0] == "layers":
@@ -186,13 +186,13 @@ def _indexed_files(path: Path) -> list[TensorFile]:
 
 def _entries(config: ModelConfig, params: dict[str, Any]) -> Iterator[Entry]:
     """What `iter_hf_tensors` will yield, in its order."""
-    for keys in _leaves(params):
-        leaf = _at(params, keys)
-        for name, shape in _stored_shapes(config, keys, leaf):
+    for keys in leaf_paths(params):
+        leaf = leaf_at(params, keys)
+        for name, shape in stored_shapes(config, keys, leaf):
             yield Entry(name, shape, np.dtype(leaf.dtype))
 
 
-def _stored_shapes(config: ModelConfig, keys: tuple, leaf: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def stored_shapes(config: ModelConfig, keys: tuple, leaf: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape on disk of the tensors that make up a leaf: [out, in] for matrices, no padded vocabulary."""
     shape = leaf.shape[1:] if keys[0] == "layers" else leaf.shape
     if keys[-1] == "kernel":
@@ -203,7 +203,7 @@ def _stored_shapes(config: ModelConfig, keys: tuple, leaf: Any) -> Iterator[tupl
         yield name, shape
 
 
-def _shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
+def split_shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
     """The tensors of each file, in order; a file ends before the tensor that would not fit."""
     shards: list[list[Entry]] = [[]]
     room = shard_bytes
@@ -216,7 +216,8 @@ def _shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[Entry]], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def write_shards(folder: Path, shards: list[list[Entry]], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes the tensors, which come in the order of their entries, and an index if there is more than one file."""
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for file, entries in zip([WEIGHTS] if len(shards) == 1 else files, shards, strict=True):
         with new_tensor_file(folder / file, entries) as append:
@@ -248,15 +249,17 @@ def _layer(leaf: jax.Array, layer: int | jax.Array, *, transpose: bool) -> jax.A
     return value.T if transpose else value
 
 
-def _leaves(tree: dict[str, Any], prefix: tuple = ()) -> Iterator[tuple]:
+def leaf_paths(tree: dict[str, Any], prefix: tuple = ()) -> Iterator[tuple]:
+    """Where a tree's leaves are, as the keys that lead to each."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*prefix, key))
+            yield from leaf_paths(value, (*prefix, key))
         elif value is not None:
             yield (*prefix, key)
 
 
-def _at(tree: dict[str, Any], keys: tuple) -> Any:
+def leaf_at(tree: dict[str, Any], keys: tuple) -> Any:
+    """The leaf to which `keys` lead."""
     for key in keys:
         tree = tree[key]
     return tree

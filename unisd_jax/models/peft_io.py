@@ -39,7 +39,7 @@ def save_peft(path: str | Path, model: Model, lora: Lora, *, base: str) -> None:
     Adapted matrices of unequal rank are filled up with zeros to the largest, for PEFT's scale depends on the rank.
     """
     rank = max(factors.a.shape[-1] for factors in lora.factors.values())
-    tensors = dict(_stored_factors(model, lora, rank))
+    tensors = dict(stored_factors(model, lora, rank))
     name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
     config = {
         "peft_type": "LORA",
@@ -125,7 +125,8 @@ def _check_targets(path: Path, model: Model, modules: Any) -> None:
             raise UserError(f"{path / CONFIG}: target_modules holds {module!r}; known: {', '.join(sorted(known))}")
 
 
-def _stored_factors(model: Model, lora: Lora, rank: int) -> Iterator[tuple[str, np.ndarray]]:
+def stored_factors(model: Model, lora: Lora, rank: int) -> Iterator[tuple[str, np.ndarray]]:
+    """An adapter under PEFT's names and layout, filled up with zeros to `rank`."""
     for target, (a, b) in lora.factors.items():
         more = rank - a.shape[-1]
         wide = np.pad(np.asarray(a, np.float32), ((0, 0), (0, 0), (0, more)))

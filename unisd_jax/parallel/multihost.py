@@ -228,6 +228,15 @@ def gather(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def all_rows(own: np.ndarray, rows: Sequence[int], total: int) -> np.ndarray:
+    """[total, …] on every host, of which this one gives `rows`, the others the rest; all processes must call this."""
+    whole = np.zeros((total, *own.shape[1:]), own.dtype)
+    whole[list(rows)] = own
+    if jax.process_count() == 1:
+        return whole
+    return multihost_utils.process_allgather(whole).sum(axis=0, dtype=own.dtype)
+
+
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
     """Which of the global batch's rows this process's devices hold, in order; never none, see `build_mesh`."""
     places = sharding.addressable_devices_indices_map((rows,)).values()

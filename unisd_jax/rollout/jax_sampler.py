@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from unisd_jax.models import Model
+from unisd_jax.models import Lora, Model, merge
 from unisd_jax.models.layout import place_rows
-from unisd_jax.rollout.protocol import Rollout, Sampling, require_version
+from unisd_jax.rollout.protocol import Rollout, RolloutEngine, Sampling, require_version
 
 
-class JaxSampler:
+class JaxSampler(RolloutEngine):
     """A `RolloutEngine` in this process. Row i of a batch draws from `fold_in(key, i)`, whatever stands beside it.
 
     Prompts are numpy arrays, the whole batch on every host, or arrays that are laid out already.
@@ -24,8 +24,8 @@ class JaxSampler:
         self.params: dict[str, Any] | None = None
         self.version: int | None = None
 
-    def publish(self, params: dict[str, Any], version: int) -> None:
-        self.params, self.version = params, version
+    def publish(self, params: dict[str, Any], version: int, lora: Lora | None = None) -> None:
+        self.params, self.version = merge(params, lora), version
 
     def generate(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> Rollout:
         require_version(self.version, version)

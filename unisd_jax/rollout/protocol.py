@@ -1,11 +1,13 @@
 """What every rollout engine offers: publish weights under a version, generate with exactly that version."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from unisd_jax.errors import UserError
+from unisd_jax.models.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,28 @@ class Rollout(NamedTuple):
     policy_version: int
 
 
-class RolloutEngine(Protocol):
-    """Anything that samples: in this process or another one."""
+class PendingRollout:
+    """Completions that are being sampled; `result` waits for them, once, and raises what went wrong."""
 
-    def publish(self, params: dict[str, Any], version: int) -> None:
-        """Makes `params` (adapters merged) the weights of every later `generate`."""
+    def __init__(self, wait: Callable[[], Rollout]):
+        self._wait = wait
+        self._rollout: Rollout | None = None
+
+    def result(self) -> Rollout:
+        """The rollout."""
+        if self._rollout is None:
+            self._rollout = self._wait()
+        return self._rollout
+
+
+class RolloutEngine(Protocol):
+    """Anything that samples: in this process or another one. A subclass needs `publish` and `generate`."""
+
+    def publish(self, params: dict[str, Any], version: int, lora: Lora | None = None) -> None:
+        """Makes `params`, with the adapter `lora` on top, the weights of every later `generate`.
+
+        The arrays must stay as they are until the next `publish`.
+        """
 
     def generate(
         self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, sampling: Sampling, *, key: Any, version: int
@@ -55,8 +74,26 @@ class RolloutEngine(Protocol):
           StaleWeights: other weights than `version` are published.
         """
 
+    def begin(
+        self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, sampling: Sampling, *, key: Any, version: int
+    ) -> PendingRollout:
+        """Starts what `generate` does; a later `publish` does not change what has begun."""
+        rollout = self.generate(prompt_ids, prompt_mask, sampling, key=key, version=version)
+        return PendingRollout(lambda: rollout)
 
-class StaleWeights(UserError):
+    def measurements(self) -> dict[str, float]:
+        """What docs/metrics.md lists of the engine, since the last call."""
+        return {}
+
+    def close(self) -> None:
+        """Ends what the engine has started."""
+
+
+class RolloutFailed(UserError):
+    """The engine cannot go on; what the trainer has learnt so far is as good as before."""
+
+
+class StaleWeights(RolloutFailed):
     """A rollout was asked of a policy version the engine does not hold."""
 
 

@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from unisd_jax.data.batching import pad_completions
-from unisd_jax.models import Model, completion_scores
-from unisd_jax.rollout import Rollout, Sampling
+from unisd_jax.models import Lora, Model, completion_scores, merge
+from unisd_jax.rollout import Rollout, RolloutEngine, Sampling
 from unisd_jax.rollout.protocol import require_version
 from unisd_jax.types import Completions, Prompts
 
 Reply = Callable[[list[int], int, PRNGKeyArray], Sequence[int]]
 
 
-class FakeSampler:
+class FakeSampler(RolloutEngine):
     """A `RolloutEngine` with scripted completions.
 
     A completion ends where a real engine would end it: after its first stop token, or at `max_completion_length`. Its
@@ -44,9 +44,9 @@ class FakeSampler:
         self.params: dict[str, Any] | None = None
         self.version: int | None = None
 
-    def publish(self, params: dict[str, Any], version: int) -> None:
-        """Makes `params` the weights of every later `generate`."""
-        self.params, self.version = params, version
+    def publish(self, params: dict[str, Any], version: int, lora: Lora | None = None) -> None:
+        """Makes `params`, with `lora` merged, the weights of every later `generate`."""
+        self.params, self.version = merge(params, lora), version
 
     def generate(
         self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, sampling: Sampling, *, key: PRNGKeyArray, version: int

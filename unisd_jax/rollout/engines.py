@@ -1,0 +1,102 @@
+"""The engine that a configuration asks for."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from unisd_jax.config import Config
+from unisd_jax.errors import ConfigError
+from unisd_jax.models import Model
+from unisd_jax.parallel import multihost
+from unisd_jax.rollout.jax_sampler import JaxSampler
+from unisd_jax.rollout.lanes import Lane
+from unisd_jax.rollout.probe import bound, make_probe
+from unisd_jax.rollout.protocol import RolloutEngine
+from unisd_jax.rollout.vllm_client import VllmEngine
+from unisd_jax.rollout.vllm_server import start_server
+from unisd_jax.rollout.weights import Publisher, needed_bytes, sync_folder
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+def make_engine(
+    config: Config, model: Model, checkpoint: Path, sequences: Sequences, *, pad_id: int, folder: Path
+) -> RolloutEngine:
+    """The sampler in this process, or vLLM's servers: no server is started before weights are published.
+
+    Args:
+      config: of the run.
+      model: the network that samples.
+      checkpoint: the folder of its first weights.
+      sequences: prompts with completions, of which the first are scored on both sides after every load.
+      pad_id: what fills their rows.
+      folder: where logs go, and published weights if shared memory is too small.
+
+    Raises:
+      ConfigError: addresses that cannot be shared out, or servers elsewhere and no folder shared with them.
+    """
+    if config.rollout.engine == "jax":
+        return JaxSampler(model)
+    options = config.rollout.vllm
+    dtype = config.model.dtype if options.dtype == "model" else options.dtype
+    owner = owner_of(config)
+    needed = needed_bytes(model, dtype)
+    publisher = Publisher(
+        sync_folder(options.sync_dir, folder, needed=needed, owner=owner), model,
+        owner=owner, dtype=dtype, base=config.model.path,
+    )  # fmt: skip
+    say = functools.partial(print, flush=True)
+    addresses = own_addresses(options.addresses, *multihost.own_share())
+    if options.sync_dir is None and not all(is_here(address) for address in addresses):
+        raise ConfigError(
+            f"rollout.vllm.addresses: {', '.join(addresses)} may be another machine, which does not see this one's "
+            "memory; set rollout.vllm.sync_dir to a folder that both share"
+        )
+    lane = functools.partial(Lane, options, owner=owner, say=say)
+    if addresses:
+        lanes = [lane(address=address) for address in addresses]
+    else:
+        number, _ = multihost.own_share()
+        log = folder / ("vllm.log" if number == 0 else f"vllm-{number}.log")
+        rank = adapter_rank(config) if options.sync == "adapter" else None
+        lanes = [lane(start=lambda: start_server(config, checkpoint, log, lora_rank=rank, say=say))]
+    return VllmEngine(
+        model, checkpoint=checkpoint, lanes=lanes, publisher=publisher, probe=make_probe(sequences, pad_id=pad_id),
+        bound=bound(options.max_probe_gap, dtype), adapter_only=options.sync == "adapter",
+    )  # fmt: skip
+
+
+def owner_of(config: Config) -> str:
+    """A name for a run that its resumed self has too, and no other run."""
+    place = hashlib.sha256(str((Path(config.output_dir) / config.name).absolute()).encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', config.name)[:40]}-{place}"
+
+
+def own_addresses(addresses: Sequence[str], process: int, processes: int) -> list[str]:
+    """This process' share of the servers.
+
+    Raises:
+      ConfigError: they cannot be shared out evenly.
+    """
+    if len(addresses) % processes:
+        raise ConfigError(
+            f"rollout.vllm.addresses names {len(addresses)} servers for {processes} processes; expected a multiple"
+        )
+    share = len(addresses) // processes
+    return list(addresses[process * share : (process + 1) * share])
+
+
+def is_here(address: str) -> bool:
+    """Whether an address can only be this machine."""
+    return re.fullmatch(r"https?://(127\.0\.0\.1|localhost):\d+", address) is not None
+
+
+def adapter_rank(config: Config) -> int:
+    """The rank of the adapter that is trained."""
+    start = config.model.lora.start
+    if start is None:
+        return config.model.lora.rank
+    return int(json.loads((Path(start) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
