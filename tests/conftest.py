@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2_path" in getattr(item, "fixturenames", ()):
             item.add_marker("real_model")
+        if "vllm_python" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_vllm")
 
 
 def _existing_directory(variable: str, default: Path, what: str) -> Path:
@@ -50,3 +52,14 @@ def smollm2_path() -> Path:
     """The converted SmolLM2 checkpoint; the test is skipped before `make quickstart` has made it."""
     default = REPOSITORY / "models" / "smollm2-135m-instruct"
     return _existing_directory("UNISD_SMOLLM2", default, "the converted SmolLM2 checkpoint")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter that has vLLM; the test is skipped before `make rollout-env` has made it."""
+    path = Path(os.environ.get("UNISD_VLLM_PYTHON", REPOSITORY / ".venv-rollout" / "bin" / "python"))
+    if path.exists():
+        return path
+    if "UNISD_VLLM_PYTHON" in os.environ:
+        pytest.fail(f"UNISD_VLLM_PYTHON is {path}, which is not there; expected an interpreter with vLLM")
+    pytest.skip(f"no vLLM at {path}: make rollout-env makes it; or set UNISD_VLLM_PYTHON")

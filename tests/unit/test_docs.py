@@ -16,6 +16,7 @@ PAGES = (
     "README.md",
     "docs/tasks.md",
     "docs/evaluation.md",
+    "docs/rollouts.md",
     "docs/mechanisms.md",
     "docs/checkpoints.md",
     "docs/scaling.md",

@@ -226,7 +226,9 @@ def test_what_was_left_behind_is_named(case, text):
         head = case.model.head(case.new)
     found = case.server(params, head)
     assert case.gap(found).largest > TOLERANCE
+    programs = _logps._cache_size()
     assert case.sentence(found) == f"its files are right, the server {text}"
+    assert _logps._cache_size() <= programs + 2, "one program for the whole probe, one for a row, whatever is guessed"
 
 
 @pytest.mark.parametrize("text", MIXED)
@@ -310,7 +312,7 @@ def test_weights_that_are_divided_over_devices_are_explained_too(tmp_path):
     found = np.asarray(probe_logps(model, updated(params), probe, head=params["embed"]["weight"]))
     programs = _logps._cache_size()
     sentence = explain(sharded, new, None, probe, found, published, previous, tolerance=TOLERANCE)
-    assert _logps._cache_size() == programs + 2, "one program for the whole probe, one for a row, whatever is guessed"
+    assert _logps._cache_size() <= programs + 2
     assert sentence == "its files are right, the server still has version 1's output head"
 
 

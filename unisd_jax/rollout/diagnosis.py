@@ -125,11 +125,12 @@ def _difference(
 
 def _weight_guesses(model: Model, params: dict[str, Any], previous: Published | None) -> Iterator[Iterable[Guess]]:
     """Parts of the previous version, then single tensors of it, then layers and matrices that were mixed up."""
-    current = {keys: leaf_at(params, keys) for keys in leaf_paths(params)} | {HEAD: model.head(params)}
+    leaves = {keys: leaf_at(params, keys) for keys in leaf_paths(params)} | {HEAD: model.head(params)}
+    current = {keys: jax.device_put(leaf, leaf.sharding) for keys, leaf in leaves.items()}
 
     def guess(text: str, change: Callable[[], Flat]) -> Guess:
         def make():
-            # Laid out as the trainer's own, so that one compiled program scores all guesses.
+            # Laid out, and bound to devices, as all the others, so that one compiled program scores every guess.
             parts = {keys: jax.device_put(leaf, current[keys].sharding) for keys, leaf in change().items()}
             changed = current | parts
             head = changed[HEAD]

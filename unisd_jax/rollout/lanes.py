@@ -1,5 +1,6 @@
 """One vLLM server as the engine sees it: brought to a version, given requests, repaired when it is lost."""
 
+import itertools
 import queue
 import threading
 import time
@@ -17,6 +18,7 @@ from unisd_jax.rollout.vllm_server import OwnServer
 UNTOUCHED, LEFT = "default", "left"
 # The content of the weights that a server starts with.
 CHECKPOINT = "checkpoint"
+CLOSING_SECONDS = 5.0
 
 
 class Target(NamedTuple):
@@ -64,27 +66,31 @@ class Lane:
         self._weights: str | None = None  # the content of the server's weights, as far as it is known
         self._adapter: str | None = None
         self._label: str | None = None
-        self._closed = False
+        self._has_served = False
+        self._bringing, self._closing = threading.Lock(), threading.Event()
         self.repairs = 0
 
     def bring(self, target: Target, prove: Prove) -> None:
         """Loads what `target` names, where it is not there yet, and has `prove` look at it.
 
         Raises:
-          RolloutFailed: another trainer's server, or it could not be done in `attempts`.
+          RolloutFailed: another run's server, or it could not be done in `attempts`.
         """
-        for attempt in range(1, self._options.attempts + 1):
-            try:
-                self._connect()
-                self._load(target)
-                prove(self.server, target)
-                return
-            except (Lost, LoadFailed) as error:
-                self._recover(error, attempt)
+        with self._bringing:
+            for attempt in itertools.count(1):
+                try:
+                    self._connect()
+                    self._load(target)
+                    prove(self.server, target)
+                    self._has_served = True
+                    return
+                except (Lost, LoadFailed) as error:
+                    self._recover(error, attempt)
 
     def serve(
-        self, target: Target, todo: queue.Queue, done: dict[int, list[Completion]], sampling: Sampling, prove: Prove
-    ):
+        self, target: Target, todo: queue.Queue, done: dict[int, list[Completion]], sampling: Sampling, prove: Prove,
+        *, at_once: int,
+    ):  # fmt: skip
         """Answers requests from `todo` into `done`, by their rows, until none is left; several lanes can share them.
 
         Raises:
@@ -92,64 +98,84 @@ class Lane:
         """
         failures = 0
         while True:
-            before = len(done)
-            lost = self._answer(target, todo, done, sampling)
+            answered, lost = self._answer(target, todo, done, sampling, at_once)
             if lost is None:
                 return
-            failures = 1 if len(done) > before else failures + 1
+            failures = 1 if answered else failures + 1
             self._recover(lost, failures)
             self.bring(target, prove)
 
     def close(self) -> None:
-        """Stops a server of our own; lets go of any other."""
-        self._closed = True
+        """Stops a server of our own; lets go of any other. Whatever is under way ends with an error."""
+        self._closing.set()
         if self._process is not None:
             self._process.stop()
-        elif self._start is None and self._label is not None:
-            try:
-                if self.server.label() == self._label:
-                    self.server.set_label(LEFT)
-            except (Lost, RolloutFailed):
-                self._say(f"{self.server.address} could not be told that this run has ended")
+        if self._start is not None or self._label is None:
+            return
+        server = Server(self.server.address, timeout=CLOSING_SECONDS)
+        # What is being loaded now would be given a label afterwards.
+        idle = self._bringing.acquire(timeout=CLOSING_SECONDS)
+        try:
+            if idle and server.label() == self._label:
+                server.set_label(LEFT)
+        except (Lost, UserError):
+            idle = False
+        if not idle:
+            self._say(f"{server.address} could not be told that this run has ended")
 
     def _connect(self) -> None:
-        if self._start is not None and (self._process is None or not self._process.alive()):
-            try:
-                self._process = self._start()
-            except UserError as error:
-                raise RolloutFailed(str(error)) if self.repairs else error from None
-            self.server = Server(self._process.address, timeout=self._options.request_timeout)
-        if self._label is None:
-            self.server.check()
+        """Finds out what the server holds, after starting it where it is ours and there is none."""
+        self._require_open()
+        try:
+            if self._start is not None and (self._process is None or not self._process.alive()):
+                self._launch()
+            if self._label is None:
+                self.server.check()
+        except UserError as error:
+            # What has worked before may do so again; else something is wrong with the configuration.
+            raise Lost(str(error)) if self._has_served else error from None
         found = self.server.label()
         if found == self._label:
             return
-        if found == UNTOUCHED:
-            self._weights, self._adapter = CHECKPOINT, None
-        else:
-            self._weights = None
-            if found != LEFT and found.split("/")[0] != self._owner and not self._options.take_over:
+        self._weights, self._adapter = CHECKPOINT if found == UNTOUCHED else None, None
+        if found not in (UNTOUCHED, LEFT) and found.split("/")[0] != self._owner:
+            if self._label is not None:
+                raise RolloutFailed(taken(self.server.address, found))
+            if not self._options.take_over:
                 raise RolloutFailed(
-                    f"{self.server.address} serves the weights of another run, {found.split('/')[0]}: give this one a "
-                    "server of its own, or set rollout.vllm.take_over=true if that run has ended"
+                    f"{self.server.address} serves the weights of another run, {found}: give this one a server of its "
+                    "own, or set rollout.vllm.take_over=true if that run has ended"
                 )
         self._label = found
 
+    def _launch(self) -> None:
+        if self._process is not None:
+            self.repairs += 1
+            self._say(f"the vLLM server has ended ({self._process.reason()})")
+            self._process.stop()
+        self._label = None
+        self._process = self._start()
+        self._require_open()
+        self.server = Server(self._process.address, timeout=self._options.request_timeout)
+
     def _load(self, target: Target) -> None:
-        if self._weights != target.content:
+        anew = self._weights != target.content
+        if anew:
             self._weights = None
             self.server.load_weights(target.weights, target.label)
             self._weights = target.content
-        if target.adapter is not None and self._adapter != target.model:
+        if target.adapter is not None and (anew or self._adapter != target.model):
             self.server.load_adapter(target.adapter, target.model, target.label, self._adapter)
             self._adapter = target.model
         if self.server.label() != target.label:
             self.server.set_label(target.label)
         self._label = target.label
 
-    def _answer(self, target: Target, todo: queue.Queue, done: dict[int, list[Completion]], sampling: Sampling):
-        """Why the server was lost; None when no request is left. What was not answered is in `todo` again."""
-        stop, lost = threading.Event(), []
+    def _answer(
+        self, target: Target, todo: queue.Queue, done: dict[int, list[Completion]], sampling: Sampling, at_once: int
+    ) -> tuple[int, Lost | None]:
+        """(How many it answered, why the server was lost); what was not answered is in `todo` again."""
+        stop, answered, lost = threading.Event(), [], []
 
         def work() -> None:
             while not stop.is_set():
@@ -158,11 +184,13 @@ class Lane:
                 except queue.Empty:
                     return
                 try:
+                    self._require_open()
                     found = self.server.complete(
                         request.prompt, sampling, seed=request.seed, n=request.n, model=target.model
                     )
-                    self._require(target.label, found[0].label)
+                    require_label(self.server, target, found)
                     done[request.row] = found
+                    answered.append(request)
                 except Lost as error:
                     todo.put(request)
                     lost.append(error)
@@ -171,19 +199,9 @@ class Lane:
                     stop.set()
                     raise
 
-        workers = [in_thread(work) for _ in range(min(self._options.max_sequences, max(1, todo.qsize())))]
-        for worker in workers:
+        for worker in [in_thread(work) for _ in range(at_once)]:
             worker.result()
-        return lost[0] if lost else None
-
-    def _require(self, wanted: str, found: str) -> None:
-        if found == UNTOUCHED:
-            raise Lost(f"{self.server.address} has been restarted and serves its first weights")
-        if found != wanted:
-            raise RolloutFailed(
-                f"{self.server.address} serves {found}, but {wanted} was published: another trainer uses this server; "
-                "give each its own"
-            )
+        return len(answered), lost[0] if lost else None
 
     def _recover(self, error: Exception, failures: int) -> None:
         """Makes way for another try: ends a server of our own, or waits for one that is not.
@@ -191,25 +209,58 @@ class Lane:
         Raises:
           RolloutFailed: this was the last.
         """
+        self._require_open(error)
         address = "the vLLM server" if self.server is None else self.server.address
-        if self._closed:
-            raise RolloutFailed(f"{address} was stopped: {error}")
         if failures >= self._options.attempts:
-            raise RolloutFailed(f"{address} failed {failures} times (rollout.vllm.attempts): {error}{self._log()}")
+            log = f" ({self._process.reason()})" if self._process is not None else ""
+            raise RolloutFailed(f"{address} failed {failures} times (rollout.vllm.attempts): {error}{log}")
         self.repairs += 1
         self._weights = None
         if self._start is not None:
             self._say(f"{error}; starting the vLLM server again")
             if self._process is not None:
                 self._process.stop()
-            self._process, self._label = None, None
+            self._process = None
             return
-        seconds = min(2.0**failures / 2, 30.0)
+        seconds = min(0.25 * 4.0 ** (failures - 1), 30.0)
         self._say(f"{error}; trying again in {seconds:g} s")
-        time.sleep(seconds)
+        self._closing.wait(seconds)
+        until = time.monotonic() + self._options.start_timeout
+        while not self.server.healthy():
+            self._require_open(error)
+            if time.monotonic() > until:
+                raise RolloutFailed(
+                    f"{error}; it did not come back within {self._options.start_timeout:g} s "
+                    "(rollout.vllm.start_timeout)"
+                )
+            self._closing.wait(min(1.0, seconds))
 
-    def _log(self) -> str:
-        return f" ({self._process.reason()})" if self._process is not None else ""
+    def _require_open(self, error: Exception | None = None) -> None:
+        if self._closing.is_set():
+            if self._process is not None:
+                self._process.stop()
+            raise RolloutFailed(f"the engine was closed{'' if error is None else f': {error}'}")
+
+
+def require_label(server: Server, target: Target, found: Sequence[Completion]) -> None:
+    """Refuses completions by other weights than those of `target`.
+
+    Raises:
+      Lost: by those that the server starts with.
+      RolloutFailed: by another run's.
+    """
+    for label in {completion.label for completion in found} - {target.label}:
+        if label == UNTOUCHED:
+            raise Lost(f"{server.address} has been restarted and serves its first weights")
+        raise RolloutFailed(taken(server.address, label))
+
+
+def taken(address: str, label: str) -> str:
+    """The message for a server whose weights someone else has changed."""
+    return (
+        f"{address} now serves {label}: another run has taken this server over; give each run servers of its own "
+        "(rollout.vllm.addresses)"
+    )
 
 
 def in_thread(function: Callable[[], None]) -> Future:

@@ -98,7 +98,7 @@ class OwnServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                process_group=0,
+                start_new_session=True,
             )
 
     def alive(self) -> bool:
