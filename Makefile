@@ -26,13 +26,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-real aot rollout-env lint clean
+.PHONY: help quickstart test test-slow test-real test-vllm aot rollout-env lint clean
 
 help:
 	@echo 'make quickstart  SmolLM2-135M teaches itself on this CPU: installs, converts, trains, evaluates, compares with sft'
 	@echo 'make test        installs what the tests need and runs them'
 	@echo 'make test-slow   more of the same: every mode on every mesh of eight simulated devices, more runs of two processes'
 	@echo 'make test-real   the tests that need the checkpoint which quickstart converts'
+	@echo 'make test-vllm   the tests that train and sample through a real vLLM server (builds rollout-env first)'
 	@echo 'make aot         compiles kernels and a 7B step for GPU and TPU without having any, and checks their memory (5 GB of wheels)'
 	@echo 'make rollout-env installs vLLM into an environment of its own (2.5 GB), for rollout.engine=vllm'
 	@echo 'make lint        ruff: rules and formatting'
@@ -47,15 +48,21 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: $(VENV)/.installed-dev
 	@mkdir -p .cache
-	$(pytest) -m 'not real_model and not slow' $(PYTEST_ARGS)
+	$(pytest) -m 'not real_model and not real_vllm and not slow' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	@mkdir -p .cache
-	$(pytest) -m slow -n 2 --dist loadgroup
+	$(pytest) -m 'slow and not real_vllm' -n 2 --dist loadgroup
 
 test-real: $(VENV)/.installed-dev
 	@mkdir -p .cache
-	UNISD_SMOLLM2=$(CURDIR)/models/smollm2-135m-instruct $(pytest) -m real_model
+	UNISD_SMOLLM2=$(CURDIR)/models/smollm2-135m-instruct $(pytest) -m 'real_model and not real_vllm'
+
+test-vllm: $(VENV)/.installed-quickstart $(VENV)/.installed-dev rollout-env
+	@mkdir -p .cache
+	$(python) scripts/prepare_smollm2.py --out models/smollm2-135m-instruct
+	UNISD_SMOLLM2=$(CURDIR)/models/smollm2-135m-instruct UNISD_VLLM_PYTHON=$(CURDIR)/$(ROLLOUT_VENV)/bin/python \
+	  $(pytest) -m real_vllm
 
 # In an environment of its own: with these wheels jax would look for a GPU and a TPU in every other target.
 aot:

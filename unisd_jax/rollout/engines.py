@@ -16,7 +16,7 @@ from unisd_jax.rollout.lanes import Lane
 from unisd_jax.rollout.probe import bound, make_probe
 from unisd_jax.rollout.protocol import RolloutEngine
 from unisd_jax.rollout.vllm_client import VllmEngine
-from unisd_jax.rollout.vllm_server import start_server
+from unisd_jax.rollout.vllm_server import OwnServer, start_server
 from unisd_jax.rollout.weights import Publisher, needed_bytes, sync_folder
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -40,32 +40,35 @@ def make_engine(
     """
     if config.rollout.engine == "jax":
         return JaxSampler(model)
-    options = config.rollout.vllm
+    options, (number, count) = config.rollout.vllm, multihost.own_share()
+    addresses = own_addresses(options.addresses, number, count)
+    if options.sync_dir is None and not all(is_here(address) for address in addresses):
+        raise ConfigError(
+            f"rollout.vllm.addresses: {', '.join(addresses)} may be another machine, which does not see this one's "
+            "memory; set rollout.vllm.sync_dir to a folder that both share"
+        )
     dtype = config.model.dtype if options.dtype == "model" else options.dtype
-    owner = owner_of(config)
+    # Processes may share a folder, and each writes its own files.
+    owner = owner_of(config) + (f"-{number}" if count > 1 else "")
     needed = needed_bytes(model, dtype)
     publisher = Publisher(
         sync_folder(options.sync_dir, folder, needed=needed, owner=owner), model,
         owner=owner, dtype=dtype, base=config.model.path,
     )  # fmt: skip
     say = functools.partial(print, flush=True)
-    addresses = own_addresses(options.addresses, *multihost.own_share())
-    if options.sync_dir is None and not all(is_here(address) for address in addresses):
-        raise ConfigError(
-            f"rollout.vllm.addresses: {', '.join(addresses)} may be another machine, which does not see this one's "
-            "memory; set rollout.vllm.sync_dir to a folder that both share"
-        )
-    lane = functools.partial(Lane, options, owner=owner, say=say)
-    if addresses:
-        lanes = [lane(address=address) for address in addresses]
-    else:
-        number, _ = multihost.own_share()
+    adapter_only = options.sync == "adapter"
+
+    def start() -> OwnServer:
         log = folder / ("vllm.log" if number == 0 else f"vllm-{number}.log")
-        rank = adapter_rank(config) if options.sync == "adapter" else None
-        lanes = [lane(start=lambda: start_server(config, checkpoint, log, lora_rank=rank, say=say))]
+        rank = adapter_rank(config) if adapter_only else None
+        return start_server(config, checkpoint, log, lora_rank=rank, say=say)
+
+    lane = functools.partial(Lane, options, owner=owner, say=say)
     return VllmEngine(
-        model, checkpoint=checkpoint, lanes=lanes, publisher=publisher, probe=make_probe(sequences, pad_id=pad_id),
-        bound=bound(options.max_probe_gap, dtype), adapter_only=options.sync == "adapter",
+        model, checkpoint=checkpoint, publisher=publisher, adapter_only=adapter_only,
+        lanes=[lane(address=address) for address in addresses] or [lane(start=start)],
+        probe=make_probe(sequences, pad_id=pad_id), bound=bound(options.max_probe_gap, dtype),
+        max_sequences=options.max_sequences,
     )  # fmt: skip
 
 

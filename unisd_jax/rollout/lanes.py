@@ -153,7 +153,7 @@ class Lane:
             self.repairs += 1
             self._say(f"the vLLM server has ended ({self._process.reason()})")
             self._process.stop()
-        self._label = None
+        self._process = self._label = None
         self._process = self._start()
         self._require_open()
         self.server = Server(self._process.address, timeout=self._options.request_timeout)

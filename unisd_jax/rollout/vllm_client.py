@@ -9,12 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -24,7 +23,7 @@ from unisd_jax.models.checksums import checksums, named_leaves
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.rollout.diagnosis import explain
-from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Request, Target, in_thread
+from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Request, Target, in_thread, require_label
 from unisd_jax.rollout.probe import Gap, Probe, probe_gap, probe_logps
 from unisd_jax.rollout.protocol import (
     PendingRollout,
@@ -37,6 +36,10 @@ from unisd_jax.rollout.protocol import (
 from unisd_jax.rollout.vllm_http import Completion, Server
 from unisd_jax.rollout.weights import Published, Publisher
 
+# Nats; where the trainer's scores have moved so far, new weights do not score the same to the last bit, in bfloat16
+# neither: each score is a sum over the whole vocabulary.
+MOVED = 2e-4
+
 
 class Version(NamedTuple):
     """A published version: what the servers hold, and the trainer's own scores of the probe under it."""
@@ -44,11 +47,13 @@ class Version(NamedTuple):
     checksums: dict[str, list]
     target: Target
     published: Published
-    expected: Any  # [B, T]
+    expected: np.ndarray  # [B, T]
 
 
 class VllmEngine(RolloutEngine):
     """A `RolloutEngine` of this process' own servers, all of them at the same version.
+
+    After a failure it fails for good: what the servers hold then is not known.
 
     Args:
       model: the network whose weights are published.
@@ -57,6 +62,7 @@ class VllmEngine(RolloutEngine):
       publisher: writes the files.
       probe: what is scored on both sides after every load.
       bound: nats; the largest difference of a log-prob there.
+      max_sequences: completions that a server works on at a time.
       adapter_only: what is published with an adapter goes as the adapter alone.
     """
 
@@ -69,18 +75,23 @@ class VllmEngine(RolloutEngine):
         publisher: Publisher,
         probe: Probe,
         bound: float,
+        max_sequences: int,
         adapter_only: bool = False,
     ):
         self.model, self.version = model, None
         self._checkpoint, self._lanes, self._publisher = str(Path(checkpoint).absolute()), lanes, publisher
         self._probe, self._bound, self._adapter_only = probe, bound, adapter_only
+        self._max_sequences = max_sequences
         self._current: Version | None = None
         self._loading: Future | None = None
-        self._tasks: queue.Queue = queue.Queue()
+        self._tasks: queue.Queue | None = None
+        # The newest task, and the newest that needs files older than the current version's.
+        self._newest: Future | None = None
+        self._needing_older: Future | None = None
+        self._failed: RolloutFailed | None = None
         self._found: dict[str, float] = {}
         self._lock = threading.Lock()
         self._answers: dict[str, np.ndarray] = {}
-        threading.Thread(target=self._work, daemon=True).start()
 
     def publish(self, params: dict[str, Any], version: int, lora: Lora | None = None) -> None:
         """Writes the weights for the servers and starts loading them; the same weights again only get a new label.
@@ -94,10 +105,14 @@ class VllmEngine(RolloutEngine):
             return
         alone = self._adapter_only and lora is not None
         kind = "adapter" if alone else "weights"
+        # Only two versions have room, and one written a second time takes the place of its files.
+        needed = self._newest if version == self.version else self._needing_older
+        if needed is not None:
+            wait([needed])
         try:
             published = self._publisher.write(params, version, lora=lora, kind=kind, fetch=multihost.gather)
-        except UserError as error:
-            raise RolloutFailed(str(error)) from None
+        except (UserError, OSError) as error:
+            raise RolloutFailed(str(error)) from error
         self._measure(
             sync_gib=published.manifest.size / 2**30,
             seconds_sync_convert=published.seconds_convert,
@@ -107,10 +122,10 @@ class VllmEngine(RolloutEngine):
         target = Target(label, folder, published.manifest.content)
         if alone:
             target = Target(label, self._checkpoint, CHECKPOINT, folder, label)
-        expected = probe_logps(self.model, params, self._probe, lora=lora)
+        expected = multihost.gather(probe_logps(self.model, params, self._probe, lora=lora))
         previous, self._current = self._current, Version(sums, target, published, expected)
-        self.version, current = version, self._current
-        self._loading = self._submit(lambda: self._bring(current, previous, params, lora))
+        self.version, current, self._needing_older = version, self._current, self._newest
+        self._loading = self._submit(lambda: self._load(current, previous, params, lora))
 
     def begin(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> PendingRollout:
         """Asks for completions of this process' rows; the other processes ask for theirs."""
@@ -121,7 +136,9 @@ class VllmEngine(RolloutEngine):
         rows = list(range(number, batch, count)) if sharding is None else multihost.own_rows(sharding, batch)
         ids, mask = (multihost.gather(array)[rows] for array in (prompt_ids, prompt_mask))
         prompts = [row[kept].tolist() for row, kept in zip(ids, np.asarray(mask, bool), strict=True)]
-        asked = requests(prompts, _seeds(key, batch)[rows].tolist(), greedy=sampling.temperature == 0)
+        # A bit less than a server tells apart, so that every row's seed is one.
+        first = int(jax.random.bits(key)) >> 1
+        asked = requests(prompts, rows, first, most=self._max_sequences, greedy=sampling.temperature == 0)
         current, loading = self._current, self._loading
         task = self._submit(lambda: self._sample(current, loading, asked, sampling))
 
@@ -144,48 +161,46 @@ class VllmEngine(RolloutEngine):
         return found | {"server_repairs": sum(lane.repairs for lane in self._lanes)}
 
     def close(self) -> None:
-        """Stops the servers of our own, lets go of others, removes the published files."""
-        self._tasks.put(None)
+        """Stops the servers of our own, lets go of others, removes the published files; what is pending fails."""
+        self._failed = self._failed or RolloutFailed("the engine was closed")
         for lane in self._lanes:
             lane.close()
+        if self._tasks is not None:
+            self._tasks.put(None)
         self._publisher.close()
 
     def _relabel(self, version: int) -> None:
         if version == self.version:
             return
-        relabelled = self._current.published._replace(
-            manifest=self._current.published.manifest._replace(version=version)
+        published = self._current.published
+        published = published._replace(manifest=published.manifest._replace(version=version))
+        current = self._current._replace(
+            target=self._current.target._replace(label=published.label), published=published
         )
-        target = self._current.target._replace(label=relabelled.label)
-        self._current = self._current._replace(target=target)
-        self.version, current, earlier = version, self._current, self._loading
+        self._current, self.version, earlier = current, version, self._loading
 
-        def bring() -> None:
+        def relabel() -> None:
             earlier.result()
-            _together(lambda lane: lane.bring(current.target, lambda server, target: None), self._lanes)
+            _together(lambda lane: lane.bring(current.target, lambda *on: self._prove(current, *on)), self._lanes)
 
-        self._loading = self._submit(bring)
+        self._loading = self._submit(relabel)
 
-    def _bring(self, current: Version, previous: Version | None, params: dict[str, Any], lora: Lora | None) -> None:
+    def _load(self, current: Version, previous: Version | None, params: dict[str, Any], lora: Lora | None) -> None:
         """Loads a version into every server and has each prove it; then older files are removed."""
         begun = time.monotonic()
         gaps: list[Gap] = []
 
+        def diagnose(found: np.ndarray) -> str:
+            if multihost.process_count() > 1:
+                return "which weights differ is looked for in runs of one process only"
+            published = None if previous is None else previous.published
+            return explain(
+                self.model, params, lora, self._probe, found, current.published, published, tolerance=self._bound
+            )
+
         def prove(server: Server, target: Target) -> None:
-            found = self._scored(server, target)
-            gap = probe_gap(found, current.expected, self._probe.completions.mask)
+            found, gap = self._prove(current, server, target, diagnose)
             gaps.append(gap)
-            if gap.largest > self._bound:
-                published = previous.published if previous is not None else None
-                raise RolloutFailed(
-                    f"{server.address}: after {target.label} was loaded, log-probs of the probe are up to "
-                    f"{gap.largest:.3g} nats from the trainer's, {gap.mean:.3g} on average (rollout.vllm.max_probe_gap "
-                    f"is {self._bound:g}): "
-                    + explain(
-                        self.model, params, lora, self._probe, found, current.published, published,
-                        tolerance=self._bound,
-                    )
-                )  # fmt: skip
             if previous is not None:
                 self._require_moved(server, found, current, previous)
             self._answers[server.address] = found
@@ -198,13 +213,32 @@ class VllmEngine(RolloutEngine):
             probe_gap_max=max(gap.largest for gap in gaps),
         )
 
+    def _prove(
+        self, current: Version, server: Server, target: Target, diagnose: Callable[[np.ndarray], str] | None = None
+    ) -> tuple[np.ndarray, Gap]:
+        """The server's scores of the probe, which are the trainer's.
+
+        Raises:
+          RolloutFailed: they are others.
+        """
+        found = self._scored(server, target)
+        gap = probe_gap(found, current.expected, self._probe.completions.mask)
+        if gap.largest > self._bound:
+            raise RolloutFailed(
+                f"{server.address}: with {target.label}, log-probs of the probe are up to {gap.largest:.3g} nats from "
+                f"the trainer's, {gap.mean:.3g} on average (rollout.vllm.max_probe_gap is {self._bound:g})"
+                + ("" if diagnose is None else f": {diagnose(found)}")
+            )
+        return found, gap
+
     def _require_moved(self, server: Server, found: np.ndarray, current: Version, previous: Version) -> None:
-        """Refuses a server that scores as before, to the last bit, where the trainer's scores have clearly moved.
+        """Refuses a server that scores as before, to the last bit, where the trainer's scores have moved.
 
         In bfloat16 one update may be too small for the bound on the gap.
         """
+        contents = [version.published.manifest.content for version in (current, previous)]
         moved = probe_gap(current.expected, previous.expected, self._probe.completions.mask).largest
-        if np.array_equal(found, self._answers.get(server.address)) and moved > self._bound / 10:
+        if contents[0] != contents[1] and moved > MOVED and np.array_equal(found, self._answers.get(server.address)):
             raise RolloutFailed(
                 f"{server.address}: after {current.target.label} was loaded, it scores the probe exactly as before, "
                 f"where the trainer's log-probs have moved by up to {moved:.3g} nats: it has kept its weights"
@@ -214,12 +248,14 @@ class VllmEngine(RolloutEngine):
         mask = self._probe.completions.mask
         found = np.zeros(mask.shape, np.float32)
 
-        def score(row: int, prompt: list[int], said: list[int]) -> None:
+        def score(entry: tuple[int, tuple[list[int], list[int]]]) -> None:
+            row, (prompt, said) = entry
             sampling = Sampling(len(said), (), 0)
-            (completion,) = server.complete(prompt, sampling, seed=0, model=target.model, forced=said)
-            found[row, : len(said)] = completion.logps
+            completions = server.complete(prompt, sampling, seed=0, model=target.model, forced=said)
+            require_label(server, target, completions)
+            found[row, : len(said)] = completions[0].logps
 
-        _together(lambda job: score(job[0], *job[1]), list(enumerate(self._probe.rows())))
+        _together(score, list(enumerate(self._probe.rows())))
         return found
 
     def _sample(self, current: Version, loading: Future, asked: list[Request], sampling: Sampling) -> list[Completion]:
@@ -229,16 +265,14 @@ class VllmEngine(RolloutEngine):
         for request in asked:
             todo.put(request)
         done: dict[int, list[Completion]] = {}
+        # No more than its share, or the first server would take all.
+        at_once = min(self._max_sequences, -(-len(asked) // len(self._lanes)))
 
-        def prove(server: Server, target: Target) -> None:
-            gap = probe_gap(self._scored(server, target), current.expected, self._probe.completions.mask)
-            if gap.largest > self._bound:
-                raise RolloutFailed(
-                    f"{server.address}: repaired, but log-probs of the probe are up to {gap.largest:.3g} nats from the "
-                    f"trainer's (rollout.vllm.max_probe_gap is {self._bound:g})"
-                )
+        def serve(lane: Lane) -> None:
+            prove = functools.partial(self._prove, current)
+            lane.serve(current.target, todo, done, sampling, prove, at_once=at_once)
 
-        _together(lambda lane: lane.serve(current.target, todo, done, sampling, prove), self._lanes)
+        _together(serve, self._lanes)
         return [completion for request in asked for completion in done[request.row]]
 
     def _measure(self, **values: float) -> None:
@@ -248,27 +282,49 @@ class VllmEngine(RolloutEngine):
                 self._found[name] = max(earlier, value) if name.startswith("probe") else earlier + value
 
     def _submit(self, task: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self._tasks.put((future, task))
-        return future
+        if self._tasks is None:
+            self._tasks = queue.Queue()
+            threading.Thread(target=self._work, daemon=True).start()
+        self._newest = Future()
+        self._tasks.put((self._newest, task))
+        return self._newest
 
     def _work(self) -> None:
-        while (entry := self._tasks.get()) is not None:
-            future, task = entry
-            try:
-                future.set_result(task())
-            except BaseException as error:
-                future.set_exception(error)
+        while self._do(self._tasks.get()):
+            pass
+
+    def _do(self, entry: tuple[Future, Callable[[], Any]] | None) -> bool:
+        """Whether there was a task; nothing of it, such as its weights, is kept."""
+        if entry is None:
+            return False
+        future, task = entry
+        try:
+            if self._failed is not None:
+                raise self._failed
+            future.set_result(task())
+        except BaseException as error:
+            if isinstance(error, UserError | OSError) and not isinstance(error, RolloutFailed):
+                error = RolloutFailed(str(error))
+            self._failed = self._failed or (error if isinstance(error, RolloutFailed) else None)
+            future.set_exception(error)
+        return True
 
 
-def requests(prompts: Sequence[list[int]], seeds: Sequence[int], *, greedy: bool) -> list[Request]:
-    """One request for each run of equal prompts, with the seed of its first row; greedy ones are all the same draw."""
+def requests(
+    prompts: Sequence[list[int]], rows: Sequence[int], first: int, *, most: int, greedy: bool
+) -> list[Request]:
+    """One request for each run of equal prompts, of at most `most`.
+
+    Row r of the whole batch has the seed `first` + r, however the rows are put together: choice i of a request is drawn
+    from the request's seed + i.
+    """
     found: list[Request] = []
-    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        if found and found[-1].prompt == prompt:
-            found[-1] = found[-1]._replace(n=found[-1].n + 1)
+    for row, prompt in zip(rows, prompts, strict=True):
+        last = found[-1] if found else None
+        if last is not None and last.prompt == prompt and last.n < most and last.row + last.n == row:
+            found[-1] = last._replace(n=last.n + 1)
         else:
-            found.append(Request(row, prompt, 1, 0 if greedy else seed))
+            found.append(Request(row, prompt, 1, 0 if greedy else first + row))
     return found
 
 
@@ -284,13 +340,7 @@ def padded(completions: Sequence[Completion], sampling: Sampling) -> tuple[np.nd
     return ids, mask, logps, stopped
 
 
-def _seeds(key: PRNGKeyArray, rows: int) -> np.ndarray:
-    """A seed of 31 bits for each row of the batch: a function of the key and the row alone."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    return np.asarray(jax.vmap(jax.random.bits)(keys) >> 1)
-
-
 def _together(function: Callable[[Any], None], arguments: Sequence[Any]) -> None:
-    """Calls `function` with each argument, all at once; raises the first error when all have ended."""
+    """Calls `function` with each argument, all at once; raises what one of them does, the first of them."""
     for future in [in_thread(functools.partial(function, argument)) for argument in arguments]:
         future.result()
