@@ -1,5 +1,6 @@
 """The command as two processes with two devices each: the numbers of one process, and no waiting for one that died."""
 
+import hashlib
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_vllm import FakeVllm
 from run_checks import TASK_WITH_FORM, TRAIN_ONLY, read_metrics
 
 from unisd_jax.models import load_hf
@@ -214,3 +216,35 @@ def test_two_processes_measure_what_one_does(processes, tmp_path):
         assert code == 0, err
     again = json.loads(next((tmp_path / "again" / "run" / "evaluation").glob("*/summary.json")).read_text())
     assert again["retention"] == found["retention"]
+
+
+@pytest.mark.slow
+def test_each_process_samples_from_its_own_server(processes, workspace, tmp_path):
+    """Weights are gathered and loaded into both; each is asked for its process' rows, evaluations are shared out."""
+    with FakeVllm(workspace.model) as one, FakeVllm(workspace.model) as two:
+        options = ("--mesh.fsdp=4", "--rollout.engine=vllm", f"--rollout.vllm.addresses=[{one.address},{two.address}]")
+        ends = processes.run(tmp_path, *options, "--rollout.max_sampler_gap=1e-3")
+        assert [end[0] for end in ends] == [0, 0], ends[0][2] + ends[1][2]
+        # Greedy requests, which are those of evaluations and of the probe, all have the seed 0.
+        drawn, greedy = (
+            [{key for key in x.samples if bool(key[2]) == own} for x in (one, two)] for own in (True, False)
+        )
+    assert sum(map(len, drawn)) == 4 * 4 and min(map(len, drawn)) > 0 and not drawn[0] & drawn[1]
+    assert min(map(len, greedy)) > 3
+    lines = read_metrics(tmp_path / "run")
+    assert [line["policy_version"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["sampler_gap_max"] < 1e-4 and line["probe_gap_max"] < 1e-4 for line in lines)
+    owner = f"run-{hashlib.sha256(str(tmp_path / 'run').encode()).hexdigest()[:8]}"
+    assert one.label == two.label == "left" and not list(Path("/dev/shm").glob(f"unisd-{owner}-*"))
+
+
+@pytest.mark.slow
+def test_a_server_with_wrong_weights_stops_both_processes(processes, workspace, tmp_path):
+    with FakeVllm(workspace.model) as one, FakeVllm(workspace.model) as two:
+        two.fault("ignore_reload", times=None)
+        options = ("--mesh.fsdp=4", "--rollout.engine=vllm", f"--rollout.vllm.addresses=[{one.address},{two.address}]")
+        started = time.monotonic()
+        ends = processes.run(tmp_path, *options, *TRAIN_ONLY)
+    assert all(end[0] not in (0, 1) for end in ends) and time.monotonic() - started < 200
+    assert f"error: {two.address}: " in ends[1][2] and "rollout.vllm.max_probe_gap" in ends[1][2]
+    assert "Traceback" not in ends[0][2] + ends[1][2]

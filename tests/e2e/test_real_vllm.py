@@ -1,5 +1,6 @@
 """The real engine: it says what our sampler says, what it has loaded is proved, and it is repaired when it is lost."""
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -225,4 +226,5 @@ def test_killed_hung_and_resumed(tiny, vllm_python, cli, tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert [line["policy_version"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert all(line["probe_gap_max"] < 2e-3 and line["sampler_gap_max"] < 2e-3 for line in lines)
-    assert servers(tiny) == [] and not list(Path("/dev/shm").glob("unisd-run-*"))
+    owner = f"run-{hashlib.sha256(str(tmp_path / 'run').encode()).hexdigest()[:8]}"
+    assert servers(tiny) == [] and not list(Path("/dev/shm").glob(f"unisd-{owner}-*"))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -369,15 +370,25 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, shared_memory):
             sync_folder(str(option), tmp_path, needed=1, owner="a")
 
 
-def test_what_dead_processes_left_of_the_same_run_is_removed(tmp_path, shared_memory):
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    dead, alive = int(process.stdout), os.getppid()
-    for name in (f"unisd-a-{dead}", f"unisd-a-{alive}", f"unisd-a-b-{dead}", f"unisd-b-{dead}", f"other-{dead}"):
-        (shared_memory / name / "v00000001").mkdir(parents=True)
-    sync_folder(None, tmp_path, needed=1, owner="a")
-    assert versions(shared_memory) == sorted(
-        [f"unisd-a-{alive}", f"unisd-a-{os.getpid()}", f"unisd-a-b-{dead}", f"unisd-b-{dead}", f"other-{dead}"]
+def test_what_dead_processes_left_is_removed_and_what_live_ones_use_is_not(tmp_path, shared_memory):
+    program = (
+        "import sys, time; from pathlib import Path; from unisd_jax.rollout import weights\n"
+        f"weights.SHARED_MEMORY = Path({str(shared_memory)!r})\n"
+        "print(weights.sync_folder(None, Path('run'), needed=1, owner=sys.argv[1]), flush=True); time.sleep(100)"
     )
+    other = subprocess.Popen([sys.executable, "-c", program, "b"], stdout=subprocess.PIPE, text=True)
+    try:
+        used = Path(other.stdout.readline().strip())
+        (used / "v00000001").mkdir()
+        (shared_memory / "unisd-a-1" / "v00000001").mkdir(parents=True)
+        (shared_memory / "other").mkdir()
+        sync_folder(None, tmp_path, needed=1, owner="a")
+        assert versions(shared_memory) == sorted(["other", used.name, f"unisd-a-{os.getpid()}"])
+    finally:
+        other.kill()
+        other.wait()
+    sync_folder(None, tmp_path, needed=1, owner="a")
+    assert versions(shared_memory) == sorted(["other", f"unisd-a-{os.getpid()}"])
 
 
 def test_the_plan_follows_the_configuration_and_not_the_weights():

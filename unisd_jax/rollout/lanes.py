@@ -11,7 +11,7 @@ from typing import NamedTuple
 from unisd_jax.config import VllmOptions
 from unisd_jax.errors import UserError
 from unisd_jax.rollout.protocol import RolloutFailed, Sampling
-from unisd_jax.rollout.vllm_http import Completion, LoadFailed, Lost, Server
+from unisd_jax.rollout.vllm_http import Completion, LoadFailed, Lost, Refused, Server
 from unisd_jax.rollout.vllm_server import OwnServer
 
 # What a server says of its weights that no trainer has changed, and of those that a trainer has left.
@@ -116,12 +116,13 @@ class Lane:
         # What is being loaded now would be given a label afterwards.
         idle = self._bringing.acquire(timeout=CLOSING_SECONDS)
         try:
-            if idle and server.label() == self._label:
+            if not idle or server.label() == self._label:
                 server.set_label(LEFT)
         except (Lost, UserError):
-            idle = False
-        if not idle:
             self._say(f"{server.address} could not be told that this run has ended")
+        finally:
+            if idle:
+                self._bringing.release()
 
     def _connect(self) -> None:
         """Finds out what the server holds, after starting it where it is ours and there is none."""
@@ -185,11 +186,9 @@ class Lane:
                     return
                 try:
                     self._require_open()
-                    found = self.server.complete(
-                        request.prompt, sampling, seed=request.seed, n=request.n, model=target.model
+                    done[request.row] = complete(
+                        self.server, target, request.prompt, sampling, seed=request.seed, n=request.n
                     )
-                    require_label(self.server, target, found)
-                    done[request.row] = found
                     answered.append(request)
                 except Lost as error:
                     todo.put(request)
@@ -242,14 +241,25 @@ class Lane:
             raise RolloutFailed(f"the engine was closed{'' if error is None else f': {error}'}")
 
 
-def require_label(server: Server, target: Target, found: Sequence[Completion]) -> None:
-    """Refuses completions by other weights than those of `target`.
+def complete(server: Server, target: Target, prompt: Sequence[int], sampling: Sampling, **asked) -> list[Completion]:
+    """`Server.complete` by the weights of `target`.
 
     Raises:
-      Lost: by those that the server starts with.
-      RolloutFailed: by another run's.
+      Lost: the server has others, those that it starts with.
+      RolloutFailed: it has another run's.
     """
-    for label in {completion.label for completion in found} - {target.label}:
+    try:
+        found = server.complete(prompt, sampling, model=target.model, **asked)
+    except Refused:
+        # A server that was started again knows no adapter.
+        _require_label(server, target, {server.label()})
+        raise
+    _require_label(server, target, {completion.label for completion in found})
+    return found
+
+
+def _require_label(server: Server, target: Target, labels: set[str]) -> None:
+    for label in labels - {target.label}:
         if label == UNTOUCHED:
             raise Lost(f"{server.address} has been restarted and serves its first weights")
         raise RolloutFailed(taken(server.address, label))

@@ -23,7 +23,7 @@ from unisd_jax.models.checksums import checksums, named_leaves
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.rollout.diagnosis import explain
-from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Request, Target, in_thread, require_label
+from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Request, Target, complete, in_thread
 from unisd_jax.rollout.probe import Gap, Probe, probe_gap, probe_logps
 from unisd_jax.rollout.protocol import (
     PendingRollout,
@@ -88,7 +88,7 @@ class VllmEngine(RolloutEngine):
         # The newest task, and the newest that needs files older than the current version's.
         self._newest: Future | None = None
         self._needing_older: Future | None = None
-        self._failed: RolloutFailed | None = None
+        self._failed: BaseException | None = None
         self._found: dict[str, float] = {}
         self._lock = threading.Lock()
         self._answers: dict[str, np.ndarray] = {}
@@ -97,8 +97,10 @@ class VllmEngine(RolloutEngine):
         """Writes the weights for the servers and starts loading them; the same weights again only get a new label.
 
         Raises:
-          RolloutFailed: they could not be written.
+          RolloutFailed: they could not be written, or the engine has failed before.
         """
+        if self._failed is not None:
+            raise self._failed
         sums = checksums(named_leaves((params, lora)))
         if self._current is not None and sums == self._current.checksums:
             self._relabel(version)
@@ -251,9 +253,8 @@ class VllmEngine(RolloutEngine):
         def score(entry: tuple[int, tuple[list[int], list[int]]]) -> None:
             row, (prompt, said) = entry
             sampling = Sampling(len(said), (), 0)
-            completions = server.complete(prompt, sampling, seed=0, model=target.model, forced=said)
-            require_label(server, target, completions)
-            found[row, : len(said)] = completions[0].logps
+            (completion,) = complete(server, target, prompt, sampling, seed=0, forced=said)
+            found[row, : len(said)] = completion.logps
 
         _together(score, list(enumerate(self._probe.rows())))
         return found
@@ -286,7 +287,10 @@ class VllmEngine(RolloutEngine):
             self._tasks = queue.Queue()
             threading.Thread(target=self._work, daemon=True).start()
         self._newest = Future()
-        self._tasks.put((self._newest, task))
+        if self._failed is None:
+            self._tasks.put((self._newest, task))
+        else:
+            self._newest.set_exception(self._failed)
         return self._newest
 
     def _work(self) -> None:
@@ -298,14 +302,15 @@ class VllmEngine(RolloutEngine):
         if entry is None:
             return False
         future, task = entry
+        if self._failed is not None:
+            future.set_exception(self._failed)
+            return True
         try:
-            if self._failed is not None:
-                raise self._failed
             future.set_result(task())
         except BaseException as error:
             if isinstance(error, UserError | OSError) and not isinstance(error, RolloutFailed):
                 error = RolloutFailed(str(error))
-            self._failed = self._failed or (error if isinstance(error, RolloutFailed) else None)
+            self._failed = error
             future.set_exception(error)
         return True
 

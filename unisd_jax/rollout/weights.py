@@ -6,6 +6,7 @@ manifest. Weights go from the devices to the file one tensor at a time.
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import os
@@ -33,6 +34,7 @@ MANIFEST, FORMAT = "manifest.json", "unisd_jax/weights/1"
 HEAD, EMBEDDING = "lm_head.weight", ("embed", "weight")
 SHARD_BYTES = 5 * 10**9
 SHARED_MEMORY = Path("/dev/shm")
+_held: dict[Path, int | None] = {}  # locks of this process' own folders
 Kind = Literal["weights", "adapter"]
 Fetch = Callable[[jax.Array], np.ndarray]
 
@@ -242,7 +244,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str) -> Path:
     """Where the versions of a run go: into `option`, else into shared memory if two of them fit there, else `run_dir`.
 
-    What processes that are gone have left of the same run in shared memory is removed.
+    What processes that are gone have left in shared memory is removed.
 
     Raises:
       ConfigError: `option` is not a folder that can be written.
@@ -252,15 +254,34 @@ def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str) -
         if not _writable(folder):
             raise ConfigError(f"rollout.vllm.sync_dir: {option} is not a folder in which files can be made")
         return folder
-    prefix = f"unisd-{owner}-"
-    for left in SHARED_MEMORY.glob("unisd-*"):
-        number = left.name.removeprefix(prefix)
-        if number.isdecimal() and not _alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = SHARED_MEMORY / f"{prefix}{os.getpid()}"
-    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= 2.2 * needed and _writable(folder):
-        return folder
+    if SHARED_MEMORY.is_dir():
+        for left in SHARED_MEMORY.glob("unisd-*"):
+            _remove_if_left(left)
+        folder = SHARED_MEMORY / f"unisd-{owner}-{os.getpid()}"
+        if shutil.disk_usage(SHARED_MEMORY).free >= 2.2 * needed and _writable(folder):
+            _held[folder] = _locked(folder)
+            return folder
     return run_dir.absolute() / "sync"
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock of a folder, which ends with this process, also in another container; None if someone has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Removes a folder whose process is gone: whatever run it was, its weights would stay in memory."""
+    with contextlib.suppress(OSError):
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _writable(folder: Path) -> bool:
@@ -270,16 +291,6 @@ def _writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 @contextlib.contextmanager
