@@ -333,6 +333,7 @@ class LoggingOptions:
     inert_after: int = 20
     wandb: bool = False
     wandb_project: str = "unisd_jax"
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

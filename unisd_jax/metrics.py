@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: metrics.jsonl always, one table for the eye, wandb when asked for.
+"""Where the numbers of a step go: metrics.jsonl always, one table for the eye, wandb and TensorBoard when asked for.
 
 `docs/metrics.md` says what every number means.
 """
@@ -9,10 +9,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -23,6 +20,7 @@ from rich.text import Text
 
 from unisd_jax.errors import UserError
 from unisd_jax.io import write_text_atomic
+from unisd_jax.trackers import TensorBoard, Wandb
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -53,9 +51,10 @@ class MetricsWriter:
       evaluated: whether some steps have metrics `eval_...`.
       is_main: whether this is host 0.
       wandb: None, or {"project": str, "config": dict} to log to wandb as well.
+      tensorboard: whether to write TensorBoard's event files as well.
 
     Raises:
-      UserError: wandb is asked for and not installed.
+      UserError: a package that is asked for is not installed.
     """
 
     def __init__(
@@ -67,13 +66,17 @@ class MetricsWriter:
         evaluated: bool = False,
         is_main: bool = True,
         wandb: dict[str, Any] | None = None,
+        tensorboard: bool = False,
     ):
-        self._screen = self._records = self._wandb = None
+        self._screen = self._records = None
+        self._trackers: list[Wandb | TensorBoard] = []
         if not is_main:
             return
         self._screen = _Screen(name, total_steps, COLUMNS | (EVALUATION_COLUMNS if evaluated else {}))
         if wandb is not None:
-            self._wandb = _Wandb(Path(run_dir), name, wandb, say=self.message)
+            self._trackers.append(Wandb(Path(run_dir), name, wandb, say=self.message))
+        if tensorboard:
+            self._trackers.append(TensorBoard(Path(run_dir)))
         self._records = _Records(Path(run_dir) / METRICS_FILE)
 
     def __enter__(self) -> Self:
@@ -93,8 +96,8 @@ class MetricsWriter:
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         self._records.log(step, scalars)
         self._screen.log(step, scalars)
-        if self._wandb is not None:
-            self._wandb.log(step, scalars)
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
 
     def message(self, text: str) -> None:
         """Print a line above the table."""
@@ -110,9 +113,10 @@ class MetricsWriter:
         """Close every sink; a second call does nothing. wandb comes last: it may wait for the network."""
         if self._screen is not None:
             self._screen.close()
-        if self._wandb is not None:
-            self._wandb.close(failed)
-        self._screen = self._records = self._wandb = None
+        for tracker in self._trackers:
+            tracker.close(failed)
+        self._screen = self._records = None
+        self._trackers = []
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -248,52 +252,3 @@ class _Screen:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-class _Wandb:
-    """wandb as a guest: what goes wrong with it is said once, and the run goes on."""
-
-    def __init__(self, run_dir: Path, name: str, options: dict[str, Any], say: Callable[[str], None]):
-        self._say = say
-        run_dir.mkdir(parents=True, exist_ok=True)
-        start = partial(_import_wandb().init, **options, name=name, dir=str(run_dir))
-        self._run, failure = _attempt(start)
-        if failure:
-            self._say(f"wandb did not start ({failure}); it logs offline into {run_dir / 'wandb'}")
-            self._run, failure = _attempt(start, mode="offline")
-            self._check(failure)
-
-    def log(self, step: int, values: dict[str, int | float]) -> None:
-        if self._run is not None:
-            self._check(_attempt(self._run.log, values, step=step)[1])
-
-    def close(self, failed: bool) -> None:
-        if self._run is not None:
-            self._check(_attempt(self._run.finish, exit_code=int(failed))[1])
-
-    def _check(self, failure: str | None) -> None:
-        if failure:
-            self._run = None
-            self._say(f"wandb failed ({failure}) and is off from here on; {METRICS_FILE} has every step")
-
-
-def _attempt(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str | None]:
-    """What `call` returns, and None; or None, and the first line of what went wrong."""
-    try:
-        return call(*args, **options), None
-    except Exception as error:
-        return None, (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _import_wandb() -> ModuleType:
-    try:
-        import wandb
-    except ImportError:
-        wandb = None
-    # A folder `wandb` in the current directory, which wandb itself leaves there, imports as an empty package.
-    if not hasattr(wandb, "init"):
-        raise UserError(
-            "logging.wandb is true and the package wandb is not installed: "
-            "install the extra with `pip install 'unisd_jax[wandb]'` or set logging.wandb=false"
-        )
-    return wandb

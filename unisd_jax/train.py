@@ -144,6 +144,7 @@ def train(
         evaluated=config.evaluation.every > 0,
         is_main=multihost.is_main(),
         wandb=options if config.logging.wandb else None,
+        tensorboard=config.logging.tensorboard,
     )
 
     def save(*, begun_too: bool = True):

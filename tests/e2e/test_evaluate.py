@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import task_rows
+from fake_vllm import FakeVllm
 from run_checks import TASK_WITH_FORM, Outcome, error_line, read_metrics, read_result
 
 from unisd_jax import evaluate
@@ -549,3 +550,23 @@ def test_gain_and_drift_are_measured_while_training(main, tmp_path, finished):
         assert f"(plots/{name}.png)" in report and (tmp_path / "run" / "plots" / f"{name}.png").exists()
     undisturbed = read_metrics(finished[0])
     assert [line["loss"] for line in lines] == [line["loss"] for line in undisturbed], "training is the same"
+
+
+# --- Other engines ---
+
+
+def test_a_vllm_server_replies_for_both_checkpoints(measure, workspace, other, tmp_path):
+    """Greedy replies are those of our sampler; neither engine's are taken for the other's."""
+    options = (f"--model.path={other}", f"--measure.base={workspace.model}", "--evaluation.max_completion_length=16")
+    assert measure(*options).code == 0
+    with FakeVllm(other) as server:
+        through = measure(*options, "--rollout.engine=vllm", f"--rollout.vllm.addresses=[{server.address}]")
+        assert through.code == 0, through.err
+        assert server.samples and server.label == "left"
+    by_engine = {read(folder)[0]["settings"]["rollout"]["engine"]: folder for folder in folders(tmp_path)}
+    ours, theirs = read(by_engine["jax"]), read(by_engine["vllm"])
+    assert [item["replies"] for item in theirs[1]] == [item["replies"] for item in ours[1]]
+    assert theirs[0]["retention"]["jsd"] == pytest.approx(ours[0]["retention"]["jsd"])
+    # All replies are kept: nobody is asked again, nor is a server needed.
+    (by_engine["vllm"] / "summary.json").unlink()
+    assert measure(*options, "--rollout.engine=vllm", "--rollout.vllm.addresses=[http://127.0.0.1:9]").code == 0

@@ -73,6 +73,7 @@ ALLOWED = {
 # Modules that were split off another one for length.
 PART_OF = {f"config_{part}": "config" for part in ("loading", "modes", "options", "ranges", "validation")}
 PART_OF["sandbox_child"] = "sandbox"
+PART_OF["trackers"] = "metrics"
 
 # Runs in vLLM's process, in vLLM's environment; nothing of the package imports it.
 PLUGIN = Path("unisd_jax/rollout/plugin/unisd_sampling.py")
@@ -80,6 +81,7 @@ FOREIGN = {
     "torch",
     "vllm",
     "wandb",
+    "tensorboardX",
     "datasets",
     "sentence_transformers",
     "bm25s",

@@ -353,3 +353,41 @@ def test_every_metric_that_is_shown_or_drawn_is_documented():
     drawn = CURVES | PROGRESS_CURVES
     used = {*COLUMNS.values(), *EVALUATION_COLUMNS.values(), *(name for curves in drawn.values() for name in curves)}
     assert used <= documented
+
+
+# --- TensorBoard ---
+
+
+def events(folder):
+    """{name: [(step, value)]} of the event files in a folder, oldest first, without those that a later start purges."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = {}
+    for file in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, place = file.read_bytes(), 0
+        while place < len(data):
+            length = int.from_bytes(data[place : place + 8], "little")
+            body = data[place + 12 : place + 12 + length]
+            assert int.from_bytes(data[place + 12 + length : place + 16 + length], "little") == masked_crc32c(body)
+            event, place = Event.FromString(body), place + 16 + length
+            if event.HasField("session_log"):
+                found = {name: [pair for pair in pairs if pair[0] < event.step] for name, pairs in found.items()}
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_gets_the_same_names_and_a_resumed_run_replaces_what_it_repeats(tmp_path):
+    write(tmp_path, [1, 2, 3], tensorboard=True)
+    write(tmp_path, [3, 4], tensorboard=True)
+    (line, *_) = read_metrics(tmp_path / "metrics.jsonl")
+    found = events(tmp_path / "tensorboard")
+    assert set(found) == set(line) - {"step"}
+    assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="logging.tensorboard is true and the package tensorboardX is not installed"):
+        MetricsWriter(tmp_path, total_steps=1, name="t", tensorboard=True)
