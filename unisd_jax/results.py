@@ -6,15 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import yaml
 
 from unisd_jax import config as configuration
 from unisd_jax.config import Config
+from unisd_jax.data.chat import Chat, load_chat
 from unisd_jax.errors import ConfigError
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.summary import gain, item_scores
 from unisd_jax.experiment import Experiment
 from unisd_jax.io import write_text_atomic
+from unisd_jax.metrics import METRICS_FILE, read_metrics
+from unisd_jax.models import Model, load_hf
 from unisd_jax.provenance import environment
 
 
@@ -28,6 +32,16 @@ class RunResult:
     gain: float | None
     gain_interval: tuple[float, float] | None
     details: dict[str, Any]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of every step, as docs/metrics.md lists them."""
+        return read_metrics(self.run_dir / METRICS_FILE)
+
+    def load(self, *, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any], Chat]:
+        """The trained network, its weights, and the chat format and tokenizer that go with them."""
+        model, params = load_hf(self.run_dir / "hf", dtype=dtype)
+        return model, params, load_chat(self.run_dir / "hf", head_rows=model.config.vocab_size)
 
 
 def open_run_dir(config: Config) -> Path:

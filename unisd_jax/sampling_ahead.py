@@ -31,21 +31,23 @@ class BatchQueue:
     def __init__(self, experiment: Experiment, data: Iterator):
         self._experiment, self._data = experiment, data
         self._begun: deque[tuple[Any, Batch]] = deque()
-        self._last_place = data.get_state()
+        self._taken: tuple[int, dict[str, Any]] | None = None
 
     def take(self, state: TrainState) -> Batch:
         """The batch of the next update; begins those that may now be sampled with the weights of `state`."""
         config, step = self._experiment.config, int(state.step)
-        self._last_place = self._place()
+        self._taken = step, self._place()
         while len(self._begun) <= config.rollout.staleness and step + len(self._begun) < config.train.steps:
             place, examples = self._data.get_state(), next(self._data)
             batch = begin_batch(self._experiment, state, examples, step + len(self._begun))
             self._begun.append((place, batch))
         return self._begun.popleft()[1]
 
-    def place_of_taken(self) -> dict[str, Any]:
-        """Where the data has to go on to form the batch again that was last asked for."""
-        return self._last_place
+    def place(self, state: TrainState) -> dict[str, Any]:
+        """Where the data has to go on after `state` if nothing had been begun."""
+        if self._taken is not None and self._taken[0] == int(state.step):
+            return self._taken[1]  # taken, and not trained on
+        return self._place()
 
     def get_state(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Where the data has to go on, and the batches begun from there, as JSON has them; waits for their samples."""

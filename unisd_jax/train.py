@@ -148,7 +148,7 @@ def train(
     )
 
     def save(*, begun_too: bool = True):
-        place, begun = queue.get_state() if begun_too else (queue.place_of_taken(), [])
+        place, begun = queue.get_state() if begun_too else (queue.place(state), [])
         checkpoints.save(state, data=place, record=record | {"policy_version": int(state.step), "begun": begun})
 
     with writer, stop_on_signal() as stop:
@@ -158,31 +158,33 @@ def train(
         multihost.wait_for_all("the metrics of earlier steps")
         for earlier in read_metrics(run_dir / METRICS_FILE) if int(state.step) > 0 else ():
             inert.see({name: math.nan if value is None else value for name, value in earlier.items()})
-        while int(state.step) < config.train.steps:
-            step = int(state.step)
-            try:
+        try:
+            while int(state.step) < config.train.steps:
+                step = int(state.step)
                 state, metrics, examples = one_step(experiment, state, queue, programs, meter)
-            except RolloutFailed as error:
-                raise stopped_by_engine(error, state, save, checkpoints) from error
-            check_metrics(metrics, config, step + 1, examples, checkpoints)
-            # A run that is to stop has no time for it: what is not saved is lost.
-            if progress.is_due(step + 1) and not any(multihost.largest(int(stop.requested))):
-                with meter.phase("evaluation") as phase:
-                    metrics |= progress.measure(student_params(experiment, state), step + 1, phase)
-            writer.log(step + 1, metrics)
-            if "start_up" not in timer:
-                timer["start_up"] = time.monotonic() - started
-                writer.message(start_up_line(timer["start_up"], meter, programs))
-            for warning in inert.see(metrics):
-                writer.message(f"warning: {warning}")
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
-                check_weights(state, step + 1, examples, checkpoints)
-                save()
-            if any(multihost.largest(int(stop.requested))):
-                check_weights(state, step + 1, examples, checkpoints)
-                save()
-                checkpoints.wait()
-                raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
+                check_metrics(metrics, config, step + 1, examples, checkpoints)
+                # A run that is to stop has no time for it: what is not saved is lost.
+                try:
+                    if progress.is_due(step + 1) and not any(multihost.largest(int(stop.requested))):
+                        with meter.phase("evaluation") as phase:
+                            metrics |= progress.measure(student_params(experiment, state), step + 1, phase)
+                finally:
+                    writer.log(step + 1, metrics)
+                if "start_up" not in timer:
+                    timer["start_up"] = time.monotonic() - started
+                    writer.message(start_up_line(timer["start_up"], meter, programs))
+                for warning in inert.see(metrics):
+                    writer.message(f"warning: {warning}")
+                if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.train.steps:
+                    check_weights(state, step + 1, examples, checkpoints)
+                    save()
+                if any(multihost.largest(int(stop.requested))):
+                    check_weights(state, step + 1, examples, checkpoints)
+                    save()
+                    checkpoints.wait()
+                    raise Interrupted(f"stopped after step {step + 1}, which is saved; the same command continues")
+        except RolloutFailed as error:
+            raise stopped_by_engine(error, state, save, checkpoints) from error
     checkpoints.wait()
     return state
 
@@ -346,6 +348,7 @@ def dry_run(config: Config) -> None:
     except NotPrepared as missing:
         print(f"{missing}: training makes them first, and so do the scripts prepare_*.py; nothing was run")
         return
+    experiment.sampler.close()
     training_batches(experiment)
     state = new_state(experiment)
     trainable, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.student, experiment.base))

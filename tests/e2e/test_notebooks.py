@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 # How many figures each one draws.
-FIGURES = {"01_losses": 11, "02_your_own_mechanism": 2}
+FIGURES = {"01_losses": 11, "02_your_own_mechanism": 2, "03_train_and_inspect": 2}
 IMPORTS = {"jax", "matplotlib", "numpy", "optax", "unisd_jax"}
 
 # Runs every code cell of a notebook in one namespace, as a kernel does, and saves its figures to a folder. They are
@@ -84,7 +84,7 @@ def run_notebook(path: Path, folder: Path) -> Run:
     return Run(dict(lines), done.stdout, done.stderr if done.returncode else "")
 
 
-def test_both_notebooks_are_there():
+def test_all_notebooks_are_there():
     assert {path.stem for path in NOTEBOOKS} == set(FIGURES)
 
 
@@ -100,6 +100,8 @@ def test_a_notebook_runs_and_draws(path, tmp_path):
         # What its text says of the outcome.
         right = {name: float(re.search(rf"{name}.*right code ([\d.]+)", run.out)[1]) for name in ("plain", "weighted")}
         assert 0.05 < right["plain"] < 0.4 and right["weighted"] > 0.7
+    if path.stem == "03_train_and_inspect":
+        assert float(re.search(r"-> ([\d.]+), gain", run.out)[1]) >= 0.75
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -6,7 +6,8 @@ import signal
 import pytest
 from run_checks import TRAIN_ONLY, error_line, numbers, read_metrics
 
-from unisd_jax.rollout import JaxSampler, RolloutFailed
+from unisd_jax.progress import Progress
+from unisd_jax.rollout import JaxSampler, PendingRollout, RolloutFailed
 
 AHEAD = ("--mode=custom", "--objective.importance.level=token", "--rollout.max_sampler_gap=10", *TRAIN_ONLY)
 KILL = """
@@ -105,3 +106,34 @@ def test_an_engine_that_fails_loses_no_update(main, tmp_path, monkeypatch):
     assert again.code == 0 and "continuing after step 3" in again.out
     assert main(tmp_path / "whole", *TRAIN_ONLY).code == 0
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole" / "run")
+
+
+def test_an_engine_that_fails_while_a_checkpoint_waits_for_it_loses_no_update(main, tmp_path, monkeypatch):
+    """The batch ahead is asked for in step 2 and waited for by the checkpoint after it."""
+
+    def failing(self, *arguments, version, **rest):
+        def wait():
+            raise RolloutFailed("the engine is gone")
+
+        return PendingRollout(wait) if version == 1 else begin(self, *arguments, version=version, **rest)
+
+    begin = JaxSampler.begin
+    monkeypatch.setattr(JaxSampler, "begin", failing)
+    line = error_line(main(tmp_path, *AHEAD, "--rollout.staleness=1"))
+    assert line == "error: the engine is gone; step 2 is saved, the same command continues"
+    monkeypatch.undo()
+    again = main(tmp_path, *AHEAD, "--rollout.staleness=1")
+    assert again.code == 0 and "continuing after step 2" in again.out
+    # The third batch, which was to be older, is drawn anew.
+    assert [line["policy_version"] for line in read_metrics(tmp_path / "run")] == [0, 0, 2, 2, 3, 4]
+
+
+def test_an_engine_that_fails_in_an_evaluation_loses_no_update(main, tmp_path, monkeypatch):
+    def failing(*_):
+        raise RolloutFailed("the engine is gone")
+
+    monkeypatch.setattr(Progress, "measure", failing)
+    options = ("--evaluation.every=3", "--evaluation.every_items=2", "--evaluation.drift_tokens=0")
+    line = error_line(main(tmp_path, *options))
+    assert line == "error: the engine is gone; step 3 is saved, the same command continues"
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,11 +94,3 @@ def own_addresses(addresses: Sequence[str], process: int, processes: int) -> lis
 def is_here(address: str) -> bool:
     """Whether an address can only be this machine."""
     return re.fullmatch(r"https?://(127\.0\.0\.1|localhost):\d+", address) is not None
-
-
-def adapter_rank(config: Config) -> int:
-    """The rank of the adapter that is trained."""
-    start = config.model.lora.start
-    if start is None:
-        return config.model.lora.rank
-    return int(json.loads((Path(start) / "adapter_config.json").read_text(encoding="utf-8"))["r"])

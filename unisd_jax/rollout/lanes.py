@@ -35,15 +35,6 @@ class Target(NamedTuple):
     model: str = "student"
 
 
-class Request(NamedTuple):
-    """`n` completions of one prompt, for the rows from `row` on."""
-
-    row: int
-    prompt: Sequence[int]
-    n: int
-    seed: int
-
-
 Prove = Callable[[Server, Target], None]
 
 
@@ -114,15 +105,17 @@ class Lane:
             return
         server = Server(self.server.address, timeout=CLOSING_SECONDS)
         # What is being loaded now would be given a label afterwards.
-        idle = self._bringing.acquire(timeout=CLOSING_SECONDS)
-        try:
-            if not idle or server.label() == self._label:
-                server.set_label(LEFT)
-        except (Lost, UserError):
-            self._say(f"{server.address} could not be told that this run has ended")
-        finally:
-            if idle:
+        told = self._bringing.acquire(timeout=CLOSING_SECONDS)
+        if told:
+            try:
+                if server.label() == self._label:
+                    server.set_label(LEFT)
+            except (Lost, UserError):
+                told = False
+            finally:
                 self._bringing.release()
+        if not told:
+            self._say(f"{server.address} could not be told that this run has ended")
 
     def _connect(self) -> None:
         """Finds out what the server holds, after starting it where it is ours and there is none."""
@@ -215,15 +208,14 @@ class Lane:
             raise RolloutFailed(f"{address} failed {failures} times (rollout.vllm.attempts): {error}{log}")
         self.repairs += 1
         self._weights = None
-        if self._start is not None:
-            self._say(f"{error}; starting the vLLM server again")
-            if self._process is not None:
-                self._process.stop()
-            self._process = None
-            return
         seconds = min(0.25 * 4.0 ** (failures - 1), 30.0)
-        self._say(f"{error}; trying again in {seconds:g} s")
+        self._say(f"{error}; {'trying' if self._start is None else 'starting the vLLM server'} again in {seconds:g} s")
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
         self._closing.wait(seconds)
+        if self._start is not None:
+            return
         until = time.monotonic() + self._options.start_timeout
         while not self.server.healthy():
             self._require_open(error)

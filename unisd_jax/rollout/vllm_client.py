@@ -23,7 +23,7 @@ from unisd_jax.models.checksums import checksums, named_leaves
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.rollout.diagnosis import explain
-from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Request, Target, complete, in_thread
+from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Target, complete, in_thread
 from unisd_jax.rollout.probe import Gap, Probe, probe_gap, probe_logps
 from unisd_jax.rollout.protocol import (
     PendingRollout,
@@ -34,6 +34,7 @@ from unisd_jax.rollout.protocol import (
     require_version,
 )
 from unisd_jax.rollout.vllm_http import Completion, Server
+from unisd_jax.rollout.vllm_rows import Request, padded, requests
 from unisd_jax.rollout.weights import Published, Publisher
 
 # Nats; where the trainer's scores have moved so far, new weights do not score the same to the last bit, in bfloat16
@@ -313,36 +314,6 @@ class VllmEngine(RolloutEngine):
             self._failed = error
             future.set_exception(error)
         return True
-
-
-def requests(
-    prompts: Sequence[list[int]], rows: Sequence[int], first: int, *, most: int, greedy: bool
-) -> list[Request]:
-    """One request for each run of equal prompts, of at most `most`.
-
-    Row r of the whole batch has the seed `first` + r, however the rows are put together: choice i of a request is drawn
-    from the request's seed + i.
-    """
-    found: list[Request] = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        last = found[-1] if found else None
-        if last is not None and last.prompt == prompt and last.n < most and last.row + last.n == row:
-            found[-1] = last._replace(n=last.n + 1)
-        else:
-            found.append(Request(row, prompt, 1, 0 if greedy else first + row))
-    return found
-
-
-def padded(completions: Sequence[Completion], sampling: Sampling) -> tuple[np.ndarray, ...]:
-    """(ids, mask, logps, stopped) as a Rollout has them."""
-    shape = len(completions), sampling.max_completion_length
-    ids, logps = np.full(shape, sampling.pad_id, np.int32), np.zeros(shape, np.float32)
-    mask, stopped = np.zeros(shape, bool), np.zeros(shape[:1], bool)
-    for row, completion in enumerate(completions):
-        length = len(completion.ids)
-        ids[row, :length], logps[row, :length], mask[row, :length] = completion.ids, completion.logps, True
-        stopped[row] = completion.stopped
-    return ids, mask, logps, stopped
 
 
 def _together(function: Callable[[Any], None], arguments: Sequence[Any]) -> None:

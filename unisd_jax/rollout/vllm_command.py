@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -128,3 +129,11 @@ def needed_length(config: Config) -> int:
     if evaluation.enabled:
         longest = max(longest, evaluation.max_completion_length)
     return max(config.data.max_prompt_length + longest, DRIFT_PROMPT + evaluation.drift_tokens)
+
+
+def adapter_rank(config: Config) -> int:
+    """The rank of the adapter that is trained."""
+    start = config.model.lora.start
+    if start is None:
+        return config.model.lora.rank
+    return int(json.loads((Path(start) / "adapter_config.json").read_text(encoding="utf-8"))["r"])

@@ -27,7 +27,7 @@ from unisd_jax.config import Config
 from unisd_jax.errors import ConfigError, UserError, report_error
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.models.hub import local_checkpoint
-from unisd_jax.rollout.vllm_command import needed_length, server_command
+from unisd_jax.rollout.vllm_command import adapter_rank, needed_length, server_command
 
 SUPERVISE = Path(__file__).with_name("supervise.py")
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
@@ -249,7 +249,7 @@ def serve(config: Config, *, dry_run: bool) -> None:
         config, rollout=dataclasses.replace(config.rollout, vllm=dataclasses.replace(vllm, port=port))
     )
     checkpoint = local_checkpoint(config.model.path)
-    lora_rank = config.model.lora.rank if vllm.sync == "adapter" else None
+    lora_rank = adapter_rank(config) if vllm.sync == "adapter" else None
     if dry_run:
         command, environment = server_command(
             config, checkpoint, port, max_length=needed_length(config), lora_rank=lora_rank

@@ -133,11 +133,14 @@ class Publisher:
         self._remove(lambda folder: int(folder.name[1:]) < version)
 
     def close(self) -> None:
-        """Removes all versions; a publisher that has written nothing leaves the folder alone."""
+        """Removes all versions; a publisher that has written nothing leaves those of others alone."""
         if self._newest is not None:
             self._remove(lambda folder: True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+        lock = _held.pop(self.folder, None)
+        if lock is not None:
+            os.close(lock)
 
     def _remove(self, chosen: Callable[[Path], bool]) -> None:
         for folder in self.folder.glob("v????????"):
