@@ -352,9 +352,11 @@ def test_weights_that_are_not_finite_are_never_saved(main, tmp_path, monkeypatch
 
 def test_a_sampler_that_keeps_old_weights_is_stopped(main, tmp_path, monkeypatch):
     publish = JaxSampler.publish
-    monkeypatch.setattr(
-        JaxSampler, "publish", lambda self, params, version: publish(self, self.params or params, version)
-    )
+
+    def stale(self, params, version, lora=None):
+        publish(self, self.params or params, version, None if self.params else lora)
+
+    monkeypatch.setattr(JaxSampler, "publish", stale)
     line = error_line(main(tmp_path, *TRAIN_ONLY))
     assert "sampler and trainer differ by" in line and "rollout.max_sampler_gap is 0.0001" in line
     assert "the rollouts are not the policy's own; last good checkpoint: " in line
@@ -366,6 +368,8 @@ def test_a_sampler_that_keeps_old_weights_is_stopped(main, tmp_path, monkeypatch
 def test_a_sampler_that_was_not_told_of_new_weights_is_stopped(main, tmp_path, monkeypatch):
     publish = JaxSampler.publish
     monkeypatch.setattr(
-        JaxSampler, "publish", lambda self, params, version: version == 0 and publish(self, params, version)
+        JaxSampler,
+        "publish",
+        lambda self, params, version, lora=None: version == 0 and publish(self, params, version, lora),
     )
     assert "holds policy version 0, asked for 1" in error_line(main(tmp_path, *TRAIN_ONLY))

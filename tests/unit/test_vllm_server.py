@@ -337,7 +337,7 @@ def test_what_a_killed_server_leaves_is_ended(config, tmp_path, monkeypatch):
     server = own_server(config, tmp_path, grace=0.3)
     os.kill(pids(tmp_path)[0], signal.SIGKILL)
     wait_until(lambda: not server.alive())
-    assert not any(exists(pid) for pid in pids(tmp_path))
+    wait_until(lambda: not any(exists(pid) for pid in pids(tmp_path)))
     assert "killed from outside" in server.reason()
     server.stop()
 
