@@ -17,6 +17,7 @@ PAGES = (
     "docs/tasks.md",
     "docs/evaluation.md",
     "docs/rollouts.md",
+    "docs/reports.md",
     "docs/mechanisms.md",
     "docs/checkpoints.md",
     "docs/scaling.md",

@@ -34,6 +34,7 @@ ALLOWED = {
     "metrics": MACHINERY,
     "markdown": set(),
     "report": MACHINERY | {"metrics", "markdown", "resources"},
+    "overview": BASE | {"config", "eval", "markdown", "metrics", "report"},
     "head_pass": MACHINERY | {"teacher"},
     "step": MACHINERY | {"teacher", "parallel", "head_pass"},
     "eval": MACHINERY | {"data", "rollout", "sandbox", "parallel", "markdown", "resources"},
