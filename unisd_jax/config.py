@@ -73,8 +73,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if chosen:
         variants = Variants(_VARIANTS, chosen)
         tree = _read(Path(path), overrides, variants)
-        for name in set(chosen) - variants.found:
-            raise ConfigError(f"{path}: neither it nor a file it inherits has variants: {name}; inherit base.yaml")
+        # A resolved configuration has all options, those of its variants among them.
+        resolved = {name for name, _, _ in walk_options(Config)} <= set(flatten(tree))
+        missing = sorted(set(chosen) - variants.found)
+        if missing and not resolved:
+            raise ConfigError(
+                f"{path}: neither it nor a file it inherits has variants: {missing[0]}; inherit base.yaml"
+            )
     config = draccus.decode(Config, conform(Config, tree, Config))
     validate(config)
     return config

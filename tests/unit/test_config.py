@@ -738,3 +738,10 @@ def test_help_lists_every_option_and_exits_with_zero(capsys, words):
     assert text.startswith(f"usage: {PROG} --config FILE")
     assert all(f"--{name}=" in text for name in OPTIONS)
     assert "--dry-run" in text and "one of plain, agreement_seq_random, " in text
+
+
+@pytest.mark.parametrize("option", ["parity=upstream", "preset=launcher"])
+def test_the_resolved_configuration_of_a_variant_is_read_back(tmp_path, option):
+    config = load_config(CONFIGS / "base.yaml", ["--model.path=weights", f"--{option}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config

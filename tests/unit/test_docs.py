@@ -18,6 +18,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/rollouts.md",
     "docs/reports.md",
+    "docs/experiments.md",
     "docs/mechanisms.md",
     "docs/checkpoints.md",
     "docs/scaling.md",

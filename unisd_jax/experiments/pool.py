@@ -1,0 +1,288 @@
+"""Runs a graph of jobs on slots, each as a process of its own, and ends them all when asked to."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from unisd_jax.experiments import jobs as of_jobs
+from unisd_jax.experiments.jobs import ELSEWHERE, FAILED, FINISHED, GOOD, INTERRUPTED, NOT_RUN, RUNNING, WAITING, Job
+from unisd_jax.experiments.slots import Slot, available_gib, resident_gib
+from unisd_jax.experiments.state import Manifest, try_lock
+from unisd_jax.experiments.status import Screen, clock
+from unisd_jax.io import write_text_atomic
+
+POLL = 0.2  # seconds between two looks at the processes
+GRACE = 300.0  # seconds that a job has to save after Ctrl-C, before it is ended
+TERM_GRACE = 10.0  # seconds from there until it is killed
+# A result is worth more than another run begun.
+ORDER = {"cache": 0, "evaluate": 1, "train": 2, "report": 3}
+
+
+@dataclass
+class Process:
+    """A job at work."""
+
+    job: Job
+    slot: Slot
+    popen: subprocess.Popen
+    started: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self.started
+
+
+class Pool:
+    """The jobs, their states, and the processes that run now."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        slots: Sequence[Slot],
+        manifest: Manifest,
+        screen: Screen,
+        *,
+        memory_gib: float | None = None,
+    ):
+        self.jobs = {job.name: job for job in jobs}
+        self.slots, self.manifest, self.screen = slots, manifest, screen
+        self.states = of_jobs.first_states(jobs)
+        self.running: dict[str, Process] = {}
+        self.finished = [record for record in manifest.read().values() if record.get("state") == FINISHED]
+        self.note = ""  # why something waits
+        self.was_stopped = False
+        self._memory_gib = memory_gib
+        self._locks = manifest.path.parent / "jobs" / "slots"
+
+    def run(self) -> dict[str, str]:
+        """Runs all that can be run; returns the states. After a signal, the rest is left as it is."""
+        self.manifest.add(self.jobs.values(), self.states)
+        with _signals() as asked:
+            try:
+                while not asked and self._step():
+                    self.screen.show(self)
+                    time.sleep(POLL)
+            finally:
+                self.was_stopped = bool(asked)
+                self._stop(asked)
+                self.screen.close()
+        return self.states
+
+    # --- Scheduling ---
+
+    def _step(self) -> bool:
+        """Looks at what has ended and starts what can start; whether anything is left to wait for."""
+        for process in list(self.running.values()):
+            status, peak = _ended(process.popen)
+            if status is not None:
+                self._finish(process, status, peak)
+        for job in self.jobs.values():
+            lost = [name for name in job.needs if self._need(name) in (FAILED, NOT_RUN)]
+            if lost and self.states[job.name] == WAITING and job.kind != "report":
+                self._set(job, NOT_RUN)
+                self.screen.event("not run", job, f"needs {lost[0]}")
+        self.note = ""
+        for job in self._ready():
+            if self._open_slots(job) and not self._try(job):
+                break
+        return bool(self.running) or any(state in (WAITING, ELSEWHERE) for state in self.states.values())
+
+    def _ready(self) -> list[Job]:
+        def is_ready(job: Job) -> bool:
+            enough = (FAILED, NOT_RUN, *GOOD) if job.kind == "report" else GOOD
+            is_open = self.states[job.name] in (WAITING, ELSEWHERE)
+            return is_open and all(self._need(name) in enough for name in job.needs)
+
+        return sorted(filter(is_ready, self.jobs.values()), key=lambda job: ORDER[job.kind])
+
+    def _need(self, name: str) -> str:
+        """The state of a job that another needs; one that is not among ours was looked at before."""
+        return self.states.get(name, FINISHED)
+
+    def _try(self, job: Job) -> bool:
+        """Starts the job, or sees that it need not; False: no job can start now."""
+        lock = try_lock(job.lock)
+        if lock is None:
+            if self.states[job.name] != ELSEWHERE:
+                self._set(job, ELSEWHERE)
+                self.screen.event("elsewhere", job, "a process from before, or of another command, works on it")
+            return True
+        slot_lock = None
+        try:
+            if job.kind != "report" and of_jobs.is_finished(job):
+                self._set(job, FINISHED)
+                self.screen.event("finished", job, "by the other process")
+                return True
+            if not self._fits(job):
+                return False
+            slot, slot_lock = self._free_slot(job)
+            if slot is not None:
+                self._start(job, slot, [held for held in (lock, slot_lock) if held is not None])
+            return True
+        finally:
+            for descriptor in (lock, slot_lock):
+                if descriptor is not None:
+                    os.close(descriptor)
+
+    def _open_slots(self, job: Job) -> list[Slot]:
+        """The slots for such jobs on which none of ours runs."""
+        used = {process.slot.name for process in self.running.values()}
+        apart = any(not slot.device for slot in self.slots)
+        return [slot for slot in self.slots if slot.name not in used and (not apart or slot.device == job.device)]
+
+    def _free_slot(self, job: Job) -> tuple[Slot | None, int | None]:
+        """A slot where the job can run, and its lock: a job that outlived an earlier command still holds its own."""
+        for slot in self._open_slots(job):
+            if not slot.exclusive:
+                return slot, None
+            lock = try_lock(self._locks / f"{slot.name}.lock")
+            if lock is not None:
+                return slot, lock
+        return None, None
+
+    # --- Memory ---
+
+    def _fits(self, job: Job) -> bool:
+        """Whether the job's memory is there, beside what the running ones have yet to take."""
+        guarded = self._memory_gib is not None or any(slot.is_cpu and slot.device for slot in self.slots)
+        free = available_gib() if guarded else None
+        if free is None:
+            return True
+        needed, is_guess = self._expected_gib(job)
+        for process in self.running.values():
+            free -= max(0.0, self._expected_gib(process.job)[0] - resident_gib(process.popen.pid))
+        if needed <= free or (is_guess and not self.running):
+            return True
+        self.note = f"{job.name} waits for memory: needs {needed:.1f} GiB, {max(free, 0):.1f} are free"
+        return False
+
+    def _expected_gib(self, job: Job) -> tuple[float, bool]:
+        """Memory that the job will take, and whether that is no more than a guess."""
+        if self._memory_gib is not None:
+            return self._memory_gib, False
+        measured = [
+            record["peak_memory_gib"]
+            for record in self.finished
+            if record.get("peak_memory_gib")
+            and record["kind"] == job.kind
+            and record["about"].get("model") == job.about.get("model")
+        ]
+        return (max(measured), False) if measured else (job.expected_gib, True)
+
+    # --- Processes ---
+
+    def _start(self, job: Job, slot: Slot, locks: list[int]) -> None:
+        of_jobs.write_config(job)
+        job.marker.unlink(missing_ok=True)
+        self.manifest.update(job.name, state=RUNNING, slot=slot.name)
+        self.states[job.name] = RUNNING
+        words = job.words(slot.environment)
+        with open(job.log, "ab") as log:
+            log.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} $ {words}\n".encode())
+            log.flush()
+            try:
+                popen = subprocess.Popen(
+                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=locks,
+                    start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"} | slot.environment,
+                )  # fmt: skip
+            except OSError as error:
+                log.write(f"cannot be started: {error}\n".encode())
+                self._set(job, FAILED)
+                self.screen.event("failed", job, str(error))
+                return
+        if slot.cores and hasattr(os, "sched_setaffinity"):
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(popen.pid, slot.cores)
+        self.running[job.name] = Process(job, slot, popen)
+        self.screen.event("start", job, f"on {slot.name}")
+
+    def _finish(self, process: Process, status: int, peak: float, *, stopped: bool = False) -> None:
+        """Takes an ended process out, with all that it may have left running."""
+        job = process.job
+        _signal_group(process.popen.pid, signal.SIGKILL)
+        del self.running[job.name]
+        whole = all(self._need(name) in GOOD for name in job.needs)
+        if status == 0 and whole:
+            write_text_atomic(job.marker, job.key)
+        if status == 0 and (of_jobs.is_finished(job) or not whole):
+            state, reason = FINISHED, ""
+        elif stopped:
+            state, reason = INTERRUPTED, ""
+        else:
+            why = {0: "it wrote no result", -9: "killed, as when memory runs out"}.get(status, f"status {status}")
+            state, reason = FAILED, f"{why}, see {job.log}"
+        took = {"seconds": round(process.seconds(), 1), "peak_memory_gib": round(peak, 3), "status": status}
+        self._set(job, state, **took)
+        if state == FINISHED:
+            self.finished.append(job.record() | took)
+        self.screen.event(state, job, reason or f"after {clock(process.seconds())}")
+
+    def _set(self, job: Job, state: str, **changes: object) -> None:
+        self.states[job.name] = state
+        self.manifest.update(job.name, state=state, **changes)
+
+    def _stop(self, asked: list[int]) -> None:
+        """Ends all processes: SIGINT, so that they save; later SIGTERM, then SIGKILL, at once when asked twice."""
+        if not self.running:
+            return
+        self.screen.say(f"stopping {len(self.running)} jobs, which save first (once more to stop at once)")
+        for process in self.running.values():
+            _signal(process.popen.pid, signal.SIGINT)
+        began, terminated = time.monotonic(), False
+        while self.running:
+            waited = time.monotonic() - began
+            if len(asked) > 1 or waited > GRACE + TERM_GRACE:
+                number = signal.SIGKILL
+            else:
+                number = signal.SIGTERM if waited > GRACE and not terminated else None
+            for process in list(self.running.values()):
+                if number is not None:
+                    _signal_group(process.popen.pid, number)
+                status, peak = _ended(process.popen)
+                if status is not None:
+                    with suppress(OSError):  # a full disk must not keep the others alive
+                        self._finish(process, status, peak, stopped=True)
+            terminated = terminated or number is not None
+            time.sleep(POLL / 4)
+
+
+def _ended(popen: subprocess.Popen) -> tuple[int | None, float]:
+    """The exit status of a process, None while it runs, and the most memory that it held, in GiB."""
+    try:
+        process_id, status, usage = os.wait4(popen.pid, os.WNOHANG)
+    except ChildProcessError:
+        return popen.returncode if popen.returncode is not None else -1, 0.0
+    if process_id == 0:
+        return None, 0.0
+    popen.returncode = os.waitstatus_to_exitcode(status)
+    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
+    return popen.returncode, usage.ru_maxrss / unit
+
+
+def _signal(process_id: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process_id, number)
+
+
+def _signal_group(process_id: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process_id, number)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that ask to stop, as they come. One that is ignored, as under nohup, stays so."""
+    asked: list[int] = []
+    earlier = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            earlier[number] = signal.signal(number, lambda number, _frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
