@@ -3,7 +3,7 @@
     python scripts/bench_rollout.py --model DIR [--dtype float32] [--batches 4,16,32] [--steps 6] [--out FILE]
 
 In one run: both engines sample the same prompts to the same lengths (greedy, stop tokens ignored); weights are
-published several times, split into convert, write and load; the quickstart is trained for some steps with either
+published several times, split into convert, write and load; the embedded task is trained on for some steps with either
 engine, with and without sampling ahead. On a machine with a GPU the same command measures it there (make rollout-env
 first).
 """
@@ -33,6 +33,13 @@ from unisd_jax.rollout.engines import make_engine
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SYNCS = 5
+# The short runs: plain self-distillation of adapters on the embedded task, one shape of batch, nothing evaluated.
+TRAINING = (
+    "data.max_prompt_length=128", "data.length_multiple=8", "data.length_buckets=1", "teacher.placement=turns",
+    "model.lora.rank=16", "model.lora.dropout=0", "train.batch_size=16", "rollout.temperature=1",
+    "optimizer.learning_rate=1e-5", "objective.importance.level=token", "evaluation.enabled=false",
+    "evaluation.drift_tokens=0",
+)  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +51,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--steps", type=int, default=6, help="training steps of each run; 0: no training")
-    parser.add_argument("--task", default=str(CONFIGS / "quickstart.yaml"), help="configuration of those runs")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", help="options of the engine: rollout.vllm.cache_gib=1 ...")
     return parser.parse_args(argv)
@@ -89,25 +95,14 @@ def sync_costs(engine: RolloutEngine, params: Any, vocabulary: int) -> dict[str,
 def training(arguments: argparse.Namespace, folder: str, engine: str, staleness: int) -> dict[str, Any]:
     """Median seconds of a step of a short run, the first two left out, and the share of it spent waiting."""
     name = f"{engine}-{staleness}"
-    words = [
-        f"name={name}",
-        f"rollout.engine={engine}",
-        f"rollout.staleness={staleness}",
-        f"train.steps={arguments.steps}",
-    ]
-    words += [
-        "objective.importance.level=token",
-        "evaluation.enabled=false",
-        "evaluation.drift_tokens=0",
-        "data.length_buckets=1",
-    ]
-    train.run(load_config(arguments.task, options(arguments, folder, *words)))
+    words = [f"name={name}", f"rollout.engine={engine}", f"rollout.staleness={staleness}", *TRAINING]
+    words += [f"train.steps={arguments.steps}", f"rollout.max_completion_length={arguments.completion}"]
+    train.run(load_config(CONFIGS / "modes" / "plain.yaml", options(arguments, folder, *words)))
     lines = read_metrics(Path(folder) / name / "metrics.jsonl")[2:]
-    step = statistics.median(line["seconds_step"] for line in lines)
-    parts = {
-        part: statistics.median(line[f"seconds_{part}"] for line in lines) for part in ("waiting", "rollout", "update")
-    }
-    return {"engine": engine, "staleness": staleness, "step": step, "waiting_share": parts["waiting"] / step} | parts
+    found = {"engine": engine, "staleness": staleness}
+    for part in ("step", "rollout", "waiting", "update"):
+        found[part] = statistics.median(line[f"seconds_{part}"] for line in lines)
+    return found | {"waiting_share": found["waiting"] / found["step"]}
 
 
 def served(arguments: argparse.Namespace, folder: str) -> Config:
