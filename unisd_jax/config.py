@@ -35,7 +35,7 @@ from unisd_jax.errors import ConfigError
 # Options merged over a file where `parity` or `preset` has that value; a later one wins.
 _VARIANTS = ("parity.upstream", "preset.command", "preset.launcher")
 
-VLLM_PLACES = tuple(field.name for field in fields(VllmOptions) if field.name not in ("dtype", "sync"))
+VLLM_PLACES = tuple(field.name for field in fields(VllmOptions) if field.name not in ("dtype", "sync", "arguments"))
 # Where a run is kept and what is said about it; these may change when a run is resumed.
 _NOT_DEFINING = (
     "name",
@@ -50,7 +50,7 @@ _NOT_DEFINING = (
     "evaluation.every_items",
     "measure",
     "resources",
-    # Of the servers, all but what they compute in and what is sent to them.
+    # Of the servers, all but what they compute and what is sent to them.
     *(f"rollout.vllm.{name}" for name in VLLM_PLACES),
 )
 
@@ -113,7 +113,7 @@ def config_hash(config: Config) -> str:
 
     The start of the SHA-256 of the sorted JSON of every option except `name`, `output_dir`, `preset`, `logging.*`,
     `checkpoint.*`, `distributed.*`, `measure.*`, `resources.*`, `evaluation.every`, `evaluation.every_items`,
-    `teacher.cache_dir`, `train.compilation_cache` and `rollout.vllm.*` but its `dtype` and `sync`.
+    `teacher.cache_dir`, `train.compilation_cache` and `rollout.vllm.*` but its `dtype`, `sync` and `arguments`.
     """
     defining = {key: value for key, value in flatten(to_dict(config)).items() if _defines(key)}
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:12]

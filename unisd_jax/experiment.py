@@ -101,7 +101,7 @@ def build(config: Config, *, read_only: bool = False, training: bool = True) -> 
     rollout = config.rollout
     sampler = make_engine(
         config, model, inputs.checkpoint, [(example.student, example.gold) for example in (train or test)[:PROBED]],
-        pad_id=chat.pad_id, folder=Path(config.output_dir) / config.name,
+        pad_id=chat.pad_id, folder=Path(config.output_dir) / config.name, training=training,
     )  # fmt: skip
     return Experiment(
         config=config,

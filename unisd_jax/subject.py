@@ -28,7 +28,14 @@ Identity = dict[str, Any]
 
 _PACKAGE = Path(__file__).parent
 # The code that numbers come from, below the package: a mended mistake must not be served from what was kept before.
-_GENERATING = ("rollout/*.py", "models/*.py", "eval/generation.py", "eval/batches.py", "data/batching.py", "random.py")
+_GENERATING = (
+    "rollout/**/*.py",
+    "models/*.py",
+    "eval/generation.py",
+    "eval/batches.py",
+    "data/batching.py",
+    "random.py",
+)
 _SCORING = ("models/*.py", "eval/scores.py", "eval/batches.py", "data/batching.py")
 _GRADING = ("data/tasks/*.py", "data/chat.py", "sandbox*.py", "eval/*.py", "measure.py", "measured.py", "evaluate.py")
 _MEASURED = ("retries", "retry_temperature", "option_likelihood", "score_stop")
@@ -148,7 +155,8 @@ def _plain(value: Any) -> Any:
 def _engine(config: Config, subject: Subject) -> str:
     """Who generates; a server may compute in another type than the trainer."""
     name = type(subject.engine).__name__
-    return f"{name} {config.rollout.vllm.dtype}" if name == "VllmEngine" else name
+    options = config.rollout.vllm
+    return " ".join([name, options.dtype, *options.arguments]) if name == "VllmEngine" else name
 
 
 def _computing(experiment: Experiment, subject: Subject) -> Identity:

@@ -1,6 +1,7 @@
 """The real engine: it says what our sampler says, what it has loaded is proved, and it is repaired when it is lost."""
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from run_checks import TRAIN_ONLY, read_metrics, read_result
 
+from unisd_jax import rollout
 from unisd_jax.config import load_config
 from unisd_jax.data.batching import pad_prompts
 from unisd_jax.data.chat import load_chat
@@ -21,6 +23,8 @@ from unisd_jax.models import Lora, LoraFactors, completion_scores, init_lora, lo
 from unisd_jax.models.safetensors_io import Entry, TensorFile, new_tensor_file
 from unisd_jax.rollout import JaxSampler, RolloutFailed, Sampling
 from unisd_jax.rollout.engines import make_engine
+from unisd_jax.rollout.jax_sampler import truncate
+from unisd_jax.rollout.vllm_http import Server
 from unisd_jax.testing import tiny_checkpoint
 from unisd_jax.types import Completions, Prompts
 
@@ -54,7 +58,7 @@ def engine(smollm2, smollm2_path, vllm_python, tmp_path_factory):
     model, _, chat = smollm2
     prompts = prompts_of(chat)
     sequences = [(prompt, prompts[row - 1][-20:]) for row, prompt in enumerate(prompts)]
-    engine = make_engine(config, model, smollm2_path, sequences, pad_id=chat.pad_id, folder=folder)
+    engine = make_engine(config, model, smollm2_path, sequences, pad_id=chat.pad_id, folder=folder, training=True)
     yield engine
     engine.close()
 
@@ -123,6 +127,37 @@ def test_what_is_drawn_has_the_log_probs_of_our_model_and_repeats(engine, smollm
     said = Completions(*map(jnp.asarray, (first.ids, first.mask)))
     scores = completion_scores(model, params, None, Prompts(*map(jnp.asarray, prompts)), said, temperature=0.7)
     np.testing.assert_allclose(np.where(first.mask, scores.logp, 0), first.logps, atol=5e-4)
+
+
+DRAWABLE = """
+import sys
+import numpy as np, torch
+from unisd_sampling import Settings, drawable
+arrays = np.load(sys.argv[1])
+found = [drawable(torch.tensor(arrays["logits"]), Settings(*values)).numpy() for values in eval(sys.argv[2])]
+np.savez(sys.argv[3], *found)
+"""
+
+
+def test_what_can_be_drawn_is_what_our_sampler_can_draw(vllm_python, tmp_path):
+    """The processor inside vLLM against `jax_sampler.truncate`: the same tokens, the same log-probs."""
+    logits = 4 * np.random.default_rng(0).standard_normal((16, 500)).astype(np.float32)
+    settings = [(0.7, 0, 0.9, 0.0, 0), (1.0, 20, 1.0, 0.0, 480), (1.3, 0, 1.0, 0.1, 0), (0.7, 50, 0.8, 0.05, 490)]
+    np.savez(tmp_path / "logits.npz", logits=logits)
+    environment = os.environ | {"PYTHONPATH": str(Path(rollout.__file__).with_name("plugin"))}
+    subprocess.run(
+        [vllm_python, "-c", DRAWABLE, tmp_path / "logits.npz", repr(settings), tmp_path / "found.npz"],
+        env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    found = np.load(tmp_path / "found.npz")
+    for number, (temperature, top_k, top_p, min_p, vocab_size) in enumerate(settings):
+        logps = jax.nn.log_softmax(jnp.asarray(logits) / temperature)
+        if vocab_size:
+            logps = jnp.where(jnp.arange(500) < vocab_size, logps, -jnp.inf)
+        expected = np.asarray(truncate(logps, top_k=top_k, top_p=top_p, min_p=min_p))
+        kept = np.isfinite(expected)
+        assert np.array_equal(np.isfinite(found[f"arr_{number}"]), kept) and 1 <= kept.sum(axis=1).min() < 480
+        np.testing.assert_allclose(found[f"arr_{number}"][kept], expected[kept], atol=1e-5)
 
 
 def test_a_head_that_is_left_behind_is_caught_and_named(engine, smollm2, monkeypatch):
@@ -228,3 +263,35 @@ def test_killed_hung_and_resumed(tiny, vllm_python, cli, tmp_path):
     assert all(line["probe_gap_max"] < 2e-3 and line["sampler_gap_max"] < 2e-3 for line in lines)
     owner = f"run-{hashlib.sha256(str(tmp_path / 'run').encode()).hexdigest()[:8]}"
     assert servers(tiny) == [] and not list(Path("/dev/shm").glob(f"unisd-{owner}-*"))
+
+
+# --- bfloat16 ---
+
+
+def test_in_bfloat16_other_weights_arrive_and_kept_ones_are_noticed(tiny, vllm_python, tmp_path, monkeypatch):
+    """Rounding hides one update; what is computed in the same way twice is the same to the last bit."""
+    overrides = words(vllm_python, f"--model.path={tiny}", f"--output_dir={tmp_path}", "--data.max_prompt_length=200")
+    config = load_config(REPOSITORY / "configs" / "base.yaml", [*overrides, "--rollout.max_completion_length=16"])
+    model, params = load_hf(tiny, dtype=jnp.bfloat16)
+    chat = load_chat(tiny)
+    prompts = prompts_of(chat)
+    pairs = [(prompt, prompts[row - 1][-20:]) for row, prompt in enumerate(prompts)]
+    engine = make_engine(config, model, tiny, pairs, pad_id=chat.pad_id, folder=tmp_path, training=True)
+    ids, mask = pad_prompts(prompts, pad_id=chat.pad_id)
+
+    def other(scale):
+        return params | {"norm": {"scale": params["norm"]["scale"] * jnp.bfloat16(scale)}}
+
+    def sample(version, weights):
+        engine.publish(weights, version)
+        return engine.generate(ids, mask, Sampling(4, (), 0), key=jax.random.key(0), version=version)
+
+    try:
+        for version, scale in enumerate((1.0, 1.02, 1.04)):
+            sample(version, other(scale))
+            assert engine.measurements()["probe_gap"] < 0.05
+        monkeypatch.setattr(Server, "load_weights", lambda server, folder, label: server.set_label(label))
+        with pytest.raises(RolloutFailed, match="it has kept its weights"):
+            sample(3, other(1.06))
+    finally:
+        engine.close()

@@ -658,7 +658,9 @@ def test_the_hash_names_the_numbers_only(write):
         free = name in (
             "teacher.cache_dir", "train.compilation_cache", "evaluation.every", "evaluation.every_items",
         )  # fmt: skip
-        free |= name.startswith("rollout.vllm.") and name not in ("rollout.vllm.dtype", "rollout.vllm.sync")
+        free |= name.startswith("rollout.vllm.") and name not in (
+            "rollout.vllm.dtype", "rollout.vllm.sync", "rollout.vllm.arguments",
+        )  # fmt: skip
         free |= name.split(".")[0] in (
             "name", "output_dir", "logging", "checkpoint", "distributed", "measure", "resources",
         )  # fmt: skip

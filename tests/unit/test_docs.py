@@ -104,3 +104,8 @@ def test_every_option_is_explained():
         if (match := re.match(r"\s*(?:# )?(\w+):.*#", line))
     }
     assert {name.rpartition(".")[2] for name in OPTIONS} <= explained
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_left_to_be_filled_in(name):
+    assert not re.search(r"\b(TODO|TBD|FIXME|XXX|[A-Z]+_TABLE)\b", page(name))

@@ -391,6 +391,23 @@ def test_what_dead_processes_left_is_removed_and_what_live_ones_use_is_not(tmp_p
     assert versions(shared_memory) == sorted(["other", f"unisd-a-{os.getpid()}"])
 
 
+def test_a_folder_that_another_process_removes_while_it_is_made_is_made_again(tmp_path, shared_memory, monkeypatch):
+    locked, removed = weights._locked, []
+
+    def removed_first(folder):
+        lock = locked(folder)
+        if not removed:
+            removed.append(folder)
+            folder.rmdir()
+        return lock
+
+    monkeypatch.setattr(weights, "_locked", removed_first)
+    folder = sync_folder(None, tmp_path, needed=1, owner="raced")
+    assert removed == [folder] and folder.is_dir()
+    monkeypatch.undo()
+    assert weights._locked(folder) is None, "it is held"
+
+
 def test_the_plan_follows_the_configuration_and_not_the_weights():
     model, _ = Model.build(toys.build()[0].config, vocab_multiple=5)
     assert {entry.name: entry.shape for entry in planned_tensors(model, "float32")}["lm_head.weight"] == (32, 16)

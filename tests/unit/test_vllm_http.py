@@ -1,5 +1,6 @@
 """The client of a vLLM server, against the stand-in: what comes back, what is refused, what may be tried again."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -434,6 +435,31 @@ def test_a_server_that_was_started_differently_does_not_pass(server, fake, monke
     monkeypatch.setattr(fake, without, False)
     with pytest.raises(UserError, match=f"{message}.*python -m unisd_jax.rollout.vllm_server --config"):
         server.check()
+
+
+def test_a_server_with_log_probs_of_another_convention_does_not_pass(server, fake):
+    def before_the_temperature(reply):
+        for choice in reply["choices"]:
+            for entry in choice["logprobs"]["content"]:
+                entry["logprob"] = -1.5
+        return reply
+
+    fake.fault(before_the_temperature, times=2)
+    with pytest.raises(UserError, match="reports log-probs before the temperature; start one with python -m"):
+        server.check()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_paused_server_goes_on_where_that_is_allowed(server, fake, ours):
+    fake.paused = True
+    try:
+        server = Server(fake.address, timeout=1)
+        with contextlib.nullcontext() if ours else pytest.raises(UserError, match="no answer"):
+            server.check(may_resume=lambda label: ours and label == "default")
+        assert fake.paused != ours
+    finally:
+        fake.paused = False
+        fake.release()
 
 
 def test_nobody_there_does_not_pass():

@@ -25,7 +25,7 @@ def checksums(leaves: dict[str, jax.Array]) -> dict[str, list]:
 
 @functools.partial(jax.jit)
 def _word_sum(leaf: jax.Array) -> jax.Array:
-    words = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float32).view(jnp.uint32)
+    words = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.view(f"uint{8 * leaf.dtype.itemsize}")
     # Weighted by position, so that exchanged values are seen too; arithmetic is modulo 2^32. The positions are made
     # axis by axis: numbered in one row, a leaf that is divided would first be gathered.
     places, step = jnp.zeros(leaf.shape, jnp.uint32), 1

@@ -151,6 +151,14 @@ def own_share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def processes_here() -> int:
+    """How many processes of the run are on this machine; all of them must call this."""
+    if jax.process_count() == 1:
+        return 1
+    own = _bytes(socket.gethostname())
+    return int((multihost_utils.process_allgather(own) == own).all(axis=1).sum())
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here, for instance after the main one has written `what`."""
     if jax.process_count() > 1:

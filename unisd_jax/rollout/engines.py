@@ -22,7 +22,7 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def make_engine(
-    config: Config, model: Model, checkpoint: Path, sequences: Sequences, *, pad_id: int, folder: Path
+    config: Config, model: Model, checkpoint: Path, sequences: Sequences, *, pad_id: int, folder: Path, training: bool
 ) -> RolloutEngine:
     """The sampler in this process, or vLLM's servers: no server is started before weights are published.
 
@@ -33,9 +33,11 @@ def make_engine(
       sequences: prompts with completions, of which the first are scored on both sides after every load.
       pad_id: what fills their rows.
       folder: where logs go, and published weights if shared memory is too small.
+      training: whether a run trains; an evaluation beside it is another user of a server.
 
     Raises:
-      ConfigError: addresses that cannot be shared out, or servers elsewhere and no folder shared with them.
+      ConfigError: addresses that cannot be shared out, servers elsewhere and no folder shared with them, or one port
+        for several servers.
     """
     if config.rollout.engine == "jax":
         return JaxSampler(model)
@@ -46,16 +48,20 @@ def make_engine(
             f"rollout.vllm.addresses: {', '.join(addresses)} may be another machine, which does not see this one's "
             "memory; set rollout.vllm.sync_dir to a folder that both share"
         )
+    together = multihost.processes_here()
+    if not addresses and together > 1 and (options.port is not None or options.devices is not None):
+        raise ConfigError(
+            f"rollout.vllm.port and rollout.vllm.devices are for one server, but {together} processes of this machine "
+            "each start one: start servers by hand and name them as rollout.vllm.addresses"
+        )
     dtype = config.model.dtype if options.dtype == "model" else options.dtype
     # Processes may share a folder, and each writes its own files.
-    owner = owner_of(config) + (f"-{number}" if count > 1 else "")
-    needed = needed_bytes(model, dtype)
-    publisher = Publisher(
-        sync_folder(options.sync_dir, folder, needed=needed, owner=owner), model,
-        owner=owner, dtype=dtype, base=config.model.path,
-    )  # fmt: skip
-    say = functools.partial(print, flush=True)
+    owner = owner_of(config) + ("" if training else "-evaluation") + (f"-{number}" if count > 1 else "")
     adapter_only = options.sync == "adapter"
+    needed = (3 if adapter_only else 2) * needed_bytes(model, dtype)
+    place = sync_folder(options.sync_dir, folder, needed=needed, owner=owner, processes=together)
+    publisher = Publisher(place, model, owner=owner, dtype=dtype, base=config.model.path)
+    say = functools.partial(print, flush=True)
 
     def start() -> OwnServer:
         log = folder / ("vllm.log" if number == 0 else f"vllm-{number}.log")
@@ -64,7 +70,7 @@ def make_engine(
 
     lane = functools.partial(Lane, options, owner=owner, say=say)
     return VllmEngine(
-        model, checkpoint=checkpoint, publisher=publisher, adapter_only=adapter_only,
+        model, publisher=publisher, adapter_only=adapter_only,
         lanes=[lane(address=address) for address in addresses] or [lane(start=start)],
         probe=make_probe(sequences, pad_id=pad_id), bound=bound(options.max_probe_gap, dtype),
         max_sequences=options.max_sequences,

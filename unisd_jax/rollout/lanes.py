@@ -16,8 +16,6 @@ from unisd_jax.rollout.vllm_server import OwnServer
 
 # What a server says of its weights that no trainer has changed, and of those that a trainer has left.
 UNTOUCHED, LEFT = "default", "left"
-# The content of the weights that a server starts with.
-CHECKPOINT = "checkpoint"
 CLOSING_SECONDS = 5.0
 
 
@@ -35,7 +33,7 @@ class Target(NamedTuple):
     model: str = "student"
 
 
-Prove = Callable[[Server, Target], None]
+Prove = Callable[["Lane", Target], None]
 
 
 class Lane:
@@ -72,7 +70,7 @@ class Lane:
                 try:
                     self._connect()
                     self._load(target)
-                    prove(self.server, target)
+                    prove(self, target)
                     self._has_served = True
                     return
                 except (Lost, LoadFailed) as error:
@@ -99,8 +97,9 @@ class Lane:
     def close(self) -> None:
         """Stops a server of our own; lets go of any other. Whatever is under way ends with an error."""
         self._closing.set()
-        if self._process is not None:
-            self._process.stop()
+        process = self._process  # another thread may be replacing it
+        if process is not None:
+            process.stop()
         if self._start is not None or self._label is None:
             return
         server = Server(self.server.address, timeout=CLOSING_SECONDS)
@@ -124,15 +123,15 @@ class Lane:
             if self._start is not None and (self._process is None or not self._process.alive()):
                 self._launch()
             if self._label is None:
-                self.server.check()
+                self.server.check(may_resume=lambda label: self._options.take_over or self._is_ours(label))
         except UserError as error:
             # What has worked before may do so again; else something is wrong with the configuration.
             raise Lost(str(error)) if self._has_served else error from None
         found = self.server.label()
         if found == self._label:
             return
-        self._weights, self._adapter = CHECKPOINT if found == UNTOUCHED else None, None
-        if found not in (UNTOUCHED, LEFT) and found.split("/")[0] != self._owner:
+        self._weights = self._adapter = None
+        if not self._is_ours(found):
             if self._label is not None:
                 raise RolloutFailed(taken(self.server.address, found))
             if not self._options.take_over:
@@ -141,6 +140,10 @@ class Lane:
                     "own, or set rollout.vllm.take_over=true if that run has ended"
                 )
         self._label = found
+
+    def _is_ours(self, label: str) -> bool:
+        """Whether no other run has given a server its label."""
+        return label in (UNTOUCHED, LEFT) or label.split("/")[0] == self._owner
 
     def _launch(self) -> None:
         if self._process is not None:
@@ -228,8 +231,9 @@ class Lane:
 
     def _require_open(self, error: Exception | None = None) -> None:
         if self._closing.is_set():
-            if self._process is not None:
-                self._process.stop()
+            process = self._process
+            if process is not None:
+                process.stop()
             raise RolloutFailed(f"the engine was closed{'' if error is None else f': {error}'}")
 
 

@@ -4,13 +4,13 @@ Publishing forms the files in the calling thread; loading, proving and sampling 
 asked for, in a thread of their own, while the caller may train.
 """
 
+import contextlib
 import functools
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from unisd_jax.models.checksums import checksums, named_leaves
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.rollout.diagnosis import explain
-from unisd_jax.rollout.lanes import CHECKPOINT, Lane, Target, complete, in_thread
+from unisd_jax.rollout.lanes import Lane, Target, complete, in_thread
 from unisd_jax.rollout.probe import Gap, Probe, probe_gap, probe_logps
 from unisd_jax.rollout.protocol import (
     PendingRollout,
@@ -35,11 +35,13 @@ from unisd_jax.rollout.protocol import (
 )
 from unisd_jax.rollout.vllm_http import Completion, Server
 from unisd_jax.rollout.vllm_rows import Request, padded, requests
-from unisd_jax.rollout.weights import Published, Publisher
+from unisd_jax.rollout.weights import BASE, Published, Publisher
 
 # Nats; where the trainer's scores have moved so far, new weights do not score the same to the last bit, in bfloat16
 # neither: each score is a sum over the whole vocabulary.
 MOVED = 2e-4
+# Of the bound on the largest difference: for the mean, and for the mean distance of a server from itself.
+MEAN_SHARE, SAME_SHARE = 1 / 8, 1 / 50
 
 
 class Version(NamedTuple):
@@ -58,7 +60,6 @@ class VllmEngine(RolloutEngine):
 
     Args:
       model: the network whose weights are published.
-      checkpoint: the folder that the servers start from.
       lanes: the servers.
       publisher: writes the files.
       probe: what is scored on both sides after every load.
@@ -71,7 +72,6 @@ class VllmEngine(RolloutEngine):
         self,
         model: Model,
         *,
-        checkpoint: Path,
         lanes: Sequence[Lane],
         publisher: Publisher,
         probe: Probe,
@@ -80,10 +80,11 @@ class VllmEngine(RolloutEngine):
         adapter_only: bool = False,
     ):
         self.model, self.version = model, None
-        self._checkpoint, self._lanes, self._publisher = str(Path(checkpoint).absolute()), lanes, publisher
+        self._lanes, self._publisher = lanes, publisher
         self._probe, self._bound, self._adapter_only = probe, bound, adapter_only
         self._max_sequences = max_sequences
         self._current: Version | None = None
+        self._base: Published | None = None  # what adapters are put on
         self._loading: Future | None = None
         self._tasks: queue.Queue | None = None
         # The newest task, and the newest that needs files older than the current version's.
@@ -92,7 +93,7 @@ class VllmEngine(RolloutEngine):
         self._failed: BaseException | None = None
         self._found: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._answers: dict[str, np.ndarray] = {}
+        self._proved: dict[Lane, np.ndarray] = {}  # how each server scored the probe when it last proved its weights
 
     def publish(self, params: dict[str, Any], version: int, lora: Lora | None = None) -> None:
         """Writes the weights for the servers and starts loading them; the same weights again only get a new label.
@@ -108,11 +109,13 @@ class VllmEngine(RolloutEngine):
             return
         alone = self._adapter_only and lora is not None
         kind = "adapter" if alone else "weights"
-        # Only two versions have room, and one written a second time takes the place of its files.
-        needed = self._newest if version == self.version else self._needing_older
-        if needed is not None:
-            wait([needed])
+        # Only two versions have room: the proof of the current one may need the one before, and one that is written a
+        # second time takes the place of its files.
+        needed = (self._newest if version == self.version else self._needing_older, self._loading)
+        wait([future for future in needed if future is not None])
         try:
+            if alone and self._base is None:
+                self._base = self._publisher.write(params, version, fetch=multihost.gather, name=BASE)
             published = self._publisher.write(params, version, lora=lora, kind=kind, fetch=multihost.gather)
         except (UserError, OSError) as error:
             raise RolloutFailed(str(error)) from error
@@ -124,7 +127,7 @@ class VllmEngine(RolloutEngine):
         folder, label = str(published.folder), published.label
         target = Target(label, folder, published.manifest.content)
         if alone:
-            target = Target(label, self._checkpoint, CHECKPOINT, folder, label)
+            target = Target(label, str(self._base.folder), self._base.manifest.content, folder, label)
         expected = multihost.gather(probe_logps(self.model, params, self._probe, lora=lora))
         previous, self._current = self._current, Version(sums, target, published, expected)
         self.version, current, self._needing_older = version, self._current, self._newest
@@ -133,10 +136,10 @@ class VllmEngine(RolloutEngine):
     def begin(self, prompt_ids, prompt_mask, sampling: Sampling, *, key: PRNGKeyArray, version: int) -> PendingRollout:
         """Asks for completions of this process' rows; the other processes ask for theirs."""
         require_version(self.version, version)
-        batch, everywhere = len(prompt_ids), isinstance(prompt_ids, np.ndarray)
+        batch, whole = len(prompt_ids), isinstance(prompt_ids, np.ndarray) or self.model.mesh is None
         number, count = multihost.own_share()
-        sharding = None if everywhere or self.model.mesh is None else batch_sharding(self.model.mesh)
-        rows = list(range(number, batch, count)) if sharding is None else multihost.own_rows(sharding, batch)
+        # Not the rows that this process' devices hold: where the mesh has them twice, they would be drawn twice.
+        rows = list(range(number, batch, count))
         ids, mask = (multihost.gather(array)[rows] for array in (prompt_ids, prompt_mask))
         prompts = [row[kept].tolist() for row, kept in zip(ids, np.asarray(mask, bool), strict=True)]
         # A bit less than a server tells apart, so that every row's seed is one.
@@ -146,10 +149,12 @@ class VllmEngine(RolloutEngine):
         task = self._submit(lambda: self._sample(current, loading, asked, sampling))
 
         def join() -> Rollout:
-            own = padded(task.result(), sampling)
-            if sharding is None:
-                return Rollout(*(multihost.all_rows(array, rows, batch) for array in own), version)
-            return Rollout(*(multihost.join_rows(array, sharding, batch) for array in own), version)
+            arrays = [multihost.all_rows(array, rows, batch) for array in padded(task.result(), sampling)]
+            if not whole:
+                sharding = batch_sharding(self.model.mesh)
+                held = multihost.own_rows(sharding, batch)
+                arrays = [multihost.join_rows(array[held], sharding, batch) for array in arrays]
+            return Rollout(*arrays, version)
 
         return PendingRollout(join)
 
@@ -166,11 +171,12 @@ class VllmEngine(RolloutEngine):
     def close(self) -> None:
         """Stops the servers of our own, lets go of others, removes the published files; what is pending fails."""
         self._failed = self._failed or RolloutFailed("the engine was closed")
-        for lane in self._lanes:
-            lane.close()
-        if self._tasks is not None:
-            self._tasks.put(None)
-        self._publisher.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._publisher.close)
+            if self._tasks is not None:
+                stack.callback(self._tasks.put, None)
+            for lane in self._lanes:
+                stack.callback(lane.close)
 
     def _relabel(self, version: int) -> None:
         if version == self.version:
@@ -184,7 +190,8 @@ class VllmEngine(RolloutEngine):
 
         def relabel() -> None:
             earlier.result()
-            _together(lambda lane: lane.bring(current.target, lambda *on: self._prove(current, *on)), self._lanes)
+            prove = functools.partial(self._prove_again, current)
+            _together(lambda lane: lane.bring(current.target, prove), self._lanes)
 
         self._loading = self._submit(relabel)
 
@@ -201,12 +208,12 @@ class VllmEngine(RolloutEngine):
                 self.model, params, lora, self._probe, found, current.published, published, tolerance=self._bound
             )
 
-        def prove(server: Server, target: Target) -> None:
-            found, gap = self._prove(current, server, target, diagnose)
+        def prove(lane: Lane, target: Target) -> None:
+            found, gap = self._prove(current, lane, target, diagnose)
             gaps.append(gap)
             if previous is not None:
-                self._require_moved(server, found, current, previous)
-            self._answers[server.address] = found
+                self._require_moved(lane, found, current, previous)
+            self._proved[lane] = found
 
         _together(lambda lane: lane.bring(current.target, prove), self._lanes)
         self._publisher.remove_before(current.published.manifest.version)
@@ -217,47 +224,58 @@ class VllmEngine(RolloutEngine):
         )
 
     def _prove(
-        self, current: Version, server: Server, target: Target, diagnose: Callable[[np.ndarray], str] | None = None
+        self, current: Version, lane: Lane, target: Target, diagnose: Callable[[np.ndarray], str] | None = None
     ) -> tuple[np.ndarray, Gap]:
         """The server's scores of the probe, which are the trainer's.
 
         Raises:
           RolloutFailed: they are others.
         """
-        found = self._scored(server, target)
+        found = self._scored(lane.server, target)
         gap = probe_gap(found, current.expected, self._probe.completions.mask)
-        if gap.largest > self._bound:
+        if gap.largest > self._bound or gap.mean > self._bound * MEAN_SHARE:
             raise RolloutFailed(
-                f"{server.address}: with {target.label}, log-probs of the probe are up to {gap.largest:.3g} nats from "
-                f"the trainer's, {gap.mean:.3g} on average (rollout.vllm.max_probe_gap is {self._bound:g})"
-                + ("" if diagnose is None else f": {diagnose(found)}")
+                f"{lane.server.address}: with {target.label}, log-probs of the probe are up to {gap.largest:.3g} nats "
+                f"from the trainer's, {gap.mean:.3g} on average (rollout.vllm.max_probe_gap is {self._bound:g}, for "
+                f"the average {self._bound * MEAN_SHARE:g})" + ("" if diagnose is None else f": {diagnose(found)}")
             )
         return found, gap
 
-    def _require_moved(self, server: Server, found: np.ndarray, current: Version, previous: Version) -> None:
+    def _prove_again(self, current: Version, lane: Lane, target: Target) -> None:
+        """Like `_prove`, of weights that a server has proved to have: it scores now as it did then.
+
+        Raises:
+          RolloutFailed: it does not.
+        """
+        found, _ = self._prove(current, lane, target)
+        gap = probe_gap(found, self._proved[lane], self._probe.completions.mask)
+        if gap.mean > self._bound * SAME_SHARE:
+            raise RolloutFailed(
+                f"{lane.server.address}: with {target.label} again, log-probs of the probe are {gap.mean:.3g} nats on "
+                "average from its own before: it has other weights"
+            )
+
+    def _require_moved(self, lane: Lane, found: np.ndarray, current: Version, previous: Version) -> None:
         """Refuses a server that scores as before, to the last bit, where the trainer's scores have moved.
 
         In bfloat16 one update may be too small for the bound on the gap.
         """
         contents = [version.published.manifest.content for version in (current, previous)]
         moved = probe_gap(current.expected, previous.expected, self._probe.completions.mask).largest
-        if contents[0] != contents[1] and moved > MOVED and np.array_equal(found, self._answers.get(server.address)):
+        if contents[0] != contents[1] and moved > MOVED and np.array_equal(found, self._proved.get(lane)):
             raise RolloutFailed(
-                f"{server.address}: after {current.target.label} was loaded, it scores the probe exactly as before, "
-                f"where the trainer's log-probs have moved by up to {moved:.3g} nats: it has kept its weights"
+                f"{lane.server.address}: after {current.target.label} was loaded, it scores the probe exactly as "
+                f"before, where the trainer's log-probs have moved by up to {moved:.3g} nats: it has kept its weights"
             )
 
     def _scored(self, server: Server, target: Target) -> np.ndarray:
+        """One row after the other: what a server computes together decides how it rounds."""
         mask = self._probe.completions.mask
         found = np.zeros(mask.shape, np.float32)
-
-        def score(entry: tuple[int, tuple[list[int], list[int]]]) -> None:
-            row, (prompt, said) = entry
+        for row, (prompt, said) in enumerate(self._probe.rows()):
             sampling = Sampling(len(said), (), 0)
             (completion,) = complete(server, target, prompt, sampling, seed=0, forced=said)
             found[row, : len(said)] = completion.logps
-
-        _together(score, list(enumerate(self._probe.rows())))
         return found
 
     def _sample(self, current: Version, loading: Future, asked: list[Request], sampling: Sampling) -> list[Completion]:
@@ -271,7 +289,7 @@ class VllmEngine(RolloutEngine):
         at_once = min(self._max_sequences, -(-len(asked) // len(self._lanes)))
 
         def serve(lane: Lane) -> None:
-            prove = functools.partial(self._prove, current)
+            prove = functools.partial(self._prove_again, current)
             lane.serve(current.target, todo, done, sampling, prove, at_once=at_once)
 
         _together(serve, self._lanes)

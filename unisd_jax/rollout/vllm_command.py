@@ -125,9 +125,8 @@ def needed_length(config: Config) -> int:
     """Tokens of prompt and completion that a server holds: `rollout.vllm.max_length`, or the most it is asked for."""
     if config.rollout.vllm.max_length is not None:
         return config.rollout.vllm.max_length
-    longest, evaluation = config.rollout.max_completion_length, config.evaluation
-    if evaluation.enabled:
-        longest = max(longest, evaluation.max_completion_length)
+    evaluation = config.evaluation
+    longest = max(config.rollout.max_completion_length, evaluation.max_completion_length)
     return max(config.data.max_prompt_length + longest, DRIFT_PROMPT + evaluation.drift_tokens)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import requests
@@ -59,18 +59,27 @@ class Server:
         except Lost:
             return False
 
-    def check(self) -> None:
-        """The first contact: one forced completion must come back exactly.
+    def check(self, *, may_resume: Callable[[str], bool] = lambda label: False) -> None:
+        """The first contact: forced completions come back exactly, with log-probs that follow the temperature.
+
+        A server that a trainer left paused, killed in the middle of a load, goes on if `may_resume` says so of its
+        label.
 
         Raises:
           UserError: no server, another kind of server, or one that was started differently.
         """
-        probe = Sampling(2, (), 0)
         try:
             self._get("/health")
             self._get("/version")
-            self.label()
-            self.complete([0], probe, seed=0, forced=[1, 0])
+            label = self.label()
+            if self._field(self._get("/is_paused"), "is_paused", bool) and may_resume(label):
+                self._post("/resume")
+            logps = []
+            for temperature in (0.5, 1.0):
+                (completion,) = self.complete([0], Sampling(2, (), 0, temperature=temperature), seed=0, forced=[1, 0])
+                logps.append(completion.logps)
+            if logps[0] == logps[1]:
+                raise UserError(f"{self.address} reports log-probs before the temperature")
         except (Lost, UserError) as error:
             raise UserError(f"rollout.vllm: {error}; {START}") from None
 

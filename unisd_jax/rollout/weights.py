@@ -30,10 +30,12 @@ from unisd_jax.models.hf_io import leaf_at, leaf_paths, split_shards, stored_sha
 from unisd_jax.models.peft_io import stored_factors
 from unisd_jax.models.safetensors_io import Entry
 
+BASE = "base"  # the weights that adapters are put on
 MANIFEST, FORMAT = "manifest.json", "unisd_jax/weights/1"
 HEAD, EMBEDDING = "lm_head.weight", ("embed", "weight")
 SHARD_BYTES = 5 * 10**9
 SHARED_MEMORY = Path("/dev/shm")
+SERVER_SEGMENTS = 5 * 10**8  # bytes that a server itself has in shared memory
 _held: dict[Path, int | None] = {}  # locks of this process' own folders
 Kind = Literal["weights", "adapter"]
 Fetch = Callable[[jax.Array], np.ndarray]
@@ -88,8 +90,11 @@ class Publisher:
         kind: Kind = "weights",
         fetch: Fetch = np.asarray,
         write: bool = True,
+        name: str | None = None,
     ) -> Published:
         """Writes `params` with `lora` added, or `lora` alone; of the earlier versions only the newest stays.
+
+        With a `name` it is no version: it stays beside them until `close`.
 
         Where several processes share the arrays, all of them call this with a `fetch` that gathers, and all but one
         with `write` off; all know the version's label then.
@@ -108,14 +113,15 @@ class Publisher:
             entries = planned_tensors(self.model, self.dtype)
             stream = _Stream(published_tensors(self.model, params, lora, self.dtype, fetch), entries)
         stream.seconds = time.perf_counter() - started
-        target, size = self.folder / f"v{version:08}", sum(entry.nbytes for entry in entries)
+        target, size = self.folder / (name or f"v{version:08}"), sum(entry.nbytes for entry in entries)
 
         def manifest() -> Manifest:
             content, shapes = stream.digest.hexdigest()[:12], {entry.name: list(entry.shape) for entry in entries}
             return Manifest(self.owner, version, content, kind, str(entries[0].dtype), size, shapes)
 
         if write:
-            self._remove(lambda folder: folder not in (self._newest, target))
+            if name is None:
+                self._remove(lambda folder: folder not in (self._newest, target))
             with _appearing(target, size) as folder:
                 if kind == "adapter":
                     stream.drain()
@@ -123,7 +129,7 @@ class Publisher:
                 else:
                     write_shards(folder, split_shards(entries, SHARD_BYTES), iter(stream))
                 write_json_atomic(folder / MANIFEST, {"format": FORMAT} | manifest()._asdict())
-            self._newest = target
+            self._newest = target if name is None else self._newest
         else:
             stream.drain()
         return Published(target, manifest(), stream.seconds, time.perf_counter() - started - stream.seconds)
@@ -136,6 +142,7 @@ class Publisher:
         """Removes all versions; a publisher that has written nothing leaves those of others alone."""
         if self._newest is not None:
             self._remove(lambda folder: True)
+            shutil.rmtree(self.folder / BASE, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         lock = _held.pop(self.folder, None)
@@ -244,8 +251,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     return Manifest(**fields)
 
 
-def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str) -> Path:
-    """Where the versions of a run go: into `option`, else into shared memory if two of them fit there, else `run_dir`.
+def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str, processes: int = 1) -> Path:
+    """Where the versions of a run go: into `option`, else into shared memory if there is room, else below `run_dir`.
+
+    `needed` bytes are what a process has there at a time, `processes` the number of those on this machine.
 
     What processes that are gone have left in shared memory is removed.
 
@@ -261,8 +270,10 @@ def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str) -
         for left in SHARED_MEMORY.glob("unisd-*"):
             _remove_if_left(left)
         folder = SHARED_MEMORY / f"unisd-{owner}-{os.getpid()}"
-        if shutil.disk_usage(SHARED_MEMORY).free >= 2.2 * needed and _writable(folder):
-            _held[folder] = _locked(folder)
+        room = needed * processes + SERVER_SEGMENTS
+        if shutil.disk_usage(SHARED_MEMORY).free >= room and _writable(folder):
+            if folder not in _held:
+                _held[folder] = _held_folder(folder)
             return folder
     return run_dir.absolute() / "sync"
 
@@ -276,6 +287,19 @@ def _locked(folder: Path) -> int | None:
     except OSError:
         os.close(descriptor)
         return None
+
+
+def _held_folder(folder: Path) -> int:
+    """The lock of a folder of this process, which another may have taken for left and removed before it was held."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = _locked(folder)
+            if lock is not None and os.path.samestat(os.fstat(lock), folder.stat()):
+                return lock
+            if lock is not None:
+                os.close(lock)
+        time.sleep(0.01)
 
 
 def _remove_if_left(folder: Path) -> None:
