@@ -117,8 +117,9 @@ def test_the_wheel_holds_every_module_and_data_file_and_no_top_level_kernels(whe
         licence = archive.read(f"unisd_jax-{unisd_jax.__version__}.dist-info/licenses/LICENSE")
     expected = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "unisd_jax").rglob("*.py")}
     expected |= {f"unisd_jax/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "kernels").rglob("*.py")}
-    data = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "unisd_jax").rglob("*.jsonl")}
-    assert data, "the embedded task's items are missing"
+    files = [path for kind in ("*.jsonl", "*.css") for path in (REPOSITORY / "unisd_jax").rglob(kind)]
+    data = {str(path.relative_to(REPOSITORY)) for path in files}
+    assert len(data) > 2, "the embedded task's items or the report's style are missing"
     assert names == expected | data
     assert "unisd_jax/kernels/fused_linear_logprob/api.py" in names
     assert not any(line.startswith("Requires-Dist: torch") for line in metadata.splitlines())

@@ -135,7 +135,7 @@ def test_what_is_no_number_is_infinitely_far(value, side):
 
 
 def test_the_bound_is_the_option_or_follows_the_type():
-    assert (bound(None, "float32"), bound(None, "bfloat16"), bound(0.1, "bfloat16")) == (0.002, 0.5, 0.1)
+    assert (bound(None, "float32"), bound(None, "bfloat16"), bound(0.1, "bfloat16")) == (0.002, 1.0, 0.1)
 
 
 # --- a server that is right ---

@@ -445,7 +445,7 @@ def test_a_server_with_log_probs_of_another_convention_does_not_pass(server, fak
         return reply
 
     fake.fault(before_the_temperature, times=2)
-    with pytest.raises(UserError, match="reports log-probs before the temperature; start one with python -m"):
+    with pytest.raises(UserError, match="reports log-probs before the temperature; start one with"):
         server.check()
 
 

@@ -210,14 +210,8 @@ def test_an_interpreter_without_vllm_is_refused(python, problem):
     [
         (["--rollout.max_completion_length=50", "--evaluation.max_completion_length=300"], 1300),
         (["--rollout.max_completion_length=350", "--evaluation.max_completion_length=300"], 1350),
-        (
-            [
-                "--rollout.max_completion_length=50",
-                "--evaluation.max_completion_length=300",
-                "--evaluation.enabled=false",
-            ],
-            1050,
-        ),
+        # `evaluate` asks for that length also where training does not evaluate.
+        (["--evaluation.max_completion_length=2000", "--evaluation.enabled=false"], 3000),
         (["--rollout.max_completion_length=1000", "--evaluation.drift_tokens=2000"], 2256),
         (["--rollout.vllm.max_length=70"], 70),
     ],

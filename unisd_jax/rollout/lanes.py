@@ -190,8 +190,9 @@ class Lane:
                     todo.put(request)
                     lost.append(error)
                     stop.set()
-                except BaseException:
+                except BaseException as error:
                     stop.set()
+                    self._require_open(error)
                     raise
 
         for worker in [in_thread(work) for _ in range(at_once)]:
@@ -229,7 +230,7 @@ class Lane:
                 )
             self._closing.wait(min(1.0, seconds))
 
-    def _require_open(self, error: Exception | None = None) -> None:
+    def _require_open(self, error: BaseException | None = None) -> None:
         if self._closing.is_set():
             process = self._process
             if process is not None:
