@@ -63,6 +63,13 @@ def run(config: Config) -> EvalResult:
     meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config, training=False)
+    with contextlib.closing(experiment.sampler):
+        return _run(experiment, meter)
+
+
+def _run(experiment: Experiment, meter: Meter) -> EvalResult:
+    config = experiment.config
+    with meter.phase("setup"):
         _check_task(experiment)
         subject, base = adapted_and_base(experiment)
         identity = result_identity(experiment, subject, base)
@@ -72,8 +79,7 @@ def run(config: Config) -> EvalResult:
         print(f"{folder} has this evaluation already; delete it to measure again")
         return read_result(folder)
     _announce(experiment, base)
-    with contextlib.closing(experiment.sampler):
-        return _measured(experiment, subject, base, identity, key, folder, meter)
+    return _measured(experiment, subject, base, identity, key, folder, meter)
 
 
 def _measured(

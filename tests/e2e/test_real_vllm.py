@@ -271,7 +271,8 @@ def test_killed_hung_and_resumed(tiny, vllm_python, cli, tmp_path):
 def test_in_bfloat16_other_weights_arrive_and_kept_ones_are_noticed(tiny, vllm_python, tmp_path, monkeypatch):
     """Rounding hides one update; what is computed in the same way twice is the same to the last bit."""
     overrides = words(vllm_python, f"--model.path={tiny}", f"--output_dir={tmp_path}", "--data.max_prompt_length=200")
-    config = load_config(REPOSITORY / "configs" / "base.yaml", [*overrides, "--rollout.max_completion_length=16"])
+    overrides += ["--rollout.max_completion_length=16", "--evaluation.max_completion_length=16"]
+    config = load_config(REPOSITORY / "configs" / "base.yaml", overrides)
     model, params = load_hf(tiny, dtype=jnp.bfloat16)
     chat = load_chat(tiny)
     prompts = prompts_of(chat)

@@ -149,14 +149,28 @@ def test_the_content_follows_the_weights_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["weights", "adapter"])
-def test_a_process_that_does_not_write_knows_the_label(tmp_path, kind):
+def test_every_process_writes_under_the_same_label(tmp_path, kind):
     model, params = toys.random_model()
     lora, fetched = toys.random_lora(params), []
     one = publisher(tmp_path / "one", model).write(params, 1, lora=lora, kind=kind)
     other = publisher(tmp_path / "two", model)
-    two = other.write(params, 1, lora=lora, kind=kind, write=False, fetch=lambda x: fetched.append(x) or np.asarray(x))
-    other.close()
-    assert two.label == one.label and len(fetched) >= 4 and not (tmp_path / "two").exists()
+    two = other.write(params, 1, lora=lora, kind=kind, fetch=lambda x: fetched.append(x) or np.asarray(x))
+    assert two.label == one.label and len(fetched) >= 4
+    assert {name: value.tobytes() for name, value in stored(two).items()} == {
+        name: value.tobytes() for name, value in stored(one).items()
+    }
+
+
+def test_what_adapters_are_put_on_stays_beside_the_versions(tmp_path):
+    model, params = toys.random_model()
+    sync = publisher(tmp_path / "sync", model)
+    base = sync.write(params, 0, name=weights.BASE)
+    for version in (1, 2, 3):
+        sync.write(params, version, lora=toys.random_lora(params, version), kind="adapter")
+    assert base.folder.is_dir() and sorted(base.folder.parent.iterdir())[0] == base.folder
+    assert versions(tmp_path / "sync") == ["base", "v00000002", "v00000003"]
+    sync.close()
+    assert not (tmp_path / "sync").exists()
 
 
 DAMAGE = {

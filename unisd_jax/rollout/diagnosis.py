@@ -17,7 +17,7 @@ from unisd_jax.models.loading import load_leaf
 from unisd_jax.models.peft_io import stored_factors
 from unisd_jax.models.safetensors_io import TensorFile
 from unisd_jax.rollout.probe import Probe, probe_gap, probe_logps
-from unisd_jax.rollout.weights import Fetch, Published, published_tensors
+from unisd_jax.rollout.weights import Published, published_tensors
 
 UNKNOWN = "its files are right, which tensors differ in the server cannot be told"
 HEAD = ("head", "weight")
@@ -42,19 +42,18 @@ def explain(
     previous: Published | None,
     *,
     tolerance: float,
-    fetch: Fetch = np.asarray,
 ) -> str:
     """One clause that says which weights differ, as far as the files and the server's log-probs `found` tell.
 
     First the files are compared with what the trainer would write now. If they are right, the trainer scores the probe
-    with the mistakes that a server may make, parts of `previous` among them, until one gives what was found. Where
-    several processes share the arrays, all of them call this.
+    with the mistakes that a server may make, parts of `previous` among them, until one gives what was found. For a run
+    of one process.
     """
-    adapter = jax.tree.map(fetch, lora) if published.manifest.kind == "adapter" else None
+    adapter = jax.tree.map(np.asarray, lora) if published.manifest.kind == "adapter" else None
 
     def trainers() -> Iterator[tuple[str, np.ndarray]]:
         if adapter is None:
-            return published_tensors(model, params, lora, published.manifest.dtype, fetch)
+            return published_tensors(model, params, lora, published.manifest.dtype, np.asarray)
         return stored_factors(model, adapter, max(factors.a.shape[-1] for factors in adapter.factors.values()))
 
     try:
@@ -68,8 +67,8 @@ def explain(
             stages = _weight_guesses(model, params, previous)
         else:
             stages = _adapter_guesses(model, params, adapter, previous)
-        expected = fetch(probe_logps(model, params, probe, lora=lora))
-        best = functools.partial(_best, model, probe, found, expected, tolerance, fetch)
+        expected = np.asarray(probe_logps(model, params, probe, lora=lora))
+        best = functools.partial(_best, model, probe, found, expected, tolerance)
         return next(filter(None, map(best, stages)), UNKNOWN)
     except UserError as error:
         return str(error)
@@ -213,7 +212,7 @@ def _adapter_guesses(
 
 
 def _best(
-    model: Model, probe: Probe, found: np.ndarray, expected: np.ndarray, tolerance: float, fetch: Fetch,
+    model: Model, probe: Probe, found: np.ndarray, expected: np.ndarray, tolerance: float,
     guesses: Iterable[Guess],
 ) -> str | None:  # fmt: skip
     """The guess that comes closest to what was found, if within `tolerance`; the first of several that are the same."""
@@ -224,7 +223,7 @@ def _best(
         params, head, lora = make()
         for rows in (slice(worst, worst + 1), slice(None)):
             part, values = jax.tree.map(lambda array: array[rows], (probe, found))  # noqa: B023
-            logps = fetch(probe_logps(model, params, part, lora=lora, head=head))
+            logps = np.asarray(probe_logps(model, params, part, lora=lora, head=head))
             gap = probe_gap(values, logps, part.completions.mask)
             if gap.largest > tolerance:
                 break

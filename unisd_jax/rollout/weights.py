@@ -80,6 +80,7 @@ class Publisher:
         self.dtype = jnp.dtype(dtype)
         self.base = base
         self._newest: Path | None = None
+        self._has_written = False
 
     def write(
         self,
@@ -89,15 +90,13 @@ class Publisher:
         lora: Lora | None = None,
         kind: Kind = "weights",
         fetch: Fetch = np.asarray,
-        write: bool = True,
         name: str | None = None,
     ) -> Published:
         """Writes `params` with `lora` added, or `lora` alone; of the earlier versions only the newest stays.
 
         With a `name` it is no version: it stays beside them until `close`.
 
-        Where several processes share the arrays, all of them call this with a `fetch` that gathers, and all but one
-        with `write` off; all know the version's label then.
+        Where several processes share the arrays, all of them call this with a `fetch` that gathers, and each writes.
 
         Raises:
           UserError: a weight is not finite, the weights are not of the model's shapes, or the disk is full.
@@ -119,19 +118,16 @@ class Publisher:
             content, shapes = stream.digest.hexdigest()[:12], {entry.name: list(entry.shape) for entry in entries}
             return Manifest(self.owner, version, content, kind, str(entries[0].dtype), size, shapes)
 
-        if write:
-            if name is None:
-                self._remove(lambda folder: folder not in (self._newest, target))
-            with _appearing(target, size) as folder:
-                if kind == "adapter":
-                    stream.drain()
-                    save_peft(folder, self.model, lora, base=self.base)
-                else:
-                    write_shards(folder, split_shards(entries, SHARD_BYTES), iter(stream))
-                write_json_atomic(folder / MANIFEST, {"format": FORMAT} | manifest()._asdict())
-            self._newest = target if name is None else self._newest
-        else:
-            stream.drain()
+        if name is None:
+            self._remove(lambda folder: folder not in (self._newest, target))
+        with _appearing(target, size) as folder:
+            if kind == "adapter":
+                stream.drain()
+                save_peft(folder, self.model, lora, base=self.base)
+            else:
+                write_shards(folder, split_shards(entries, SHARD_BYTES), iter(stream))
+            write_json_atomic(folder / MANIFEST, {"format": FORMAT} | manifest()._asdict())
+        self._newest, self._has_written = target if name is None else self._newest, True
         return Published(target, manifest(), stream.seconds, time.perf_counter() - started - stream.seconds)
 
     def remove_before(self, version: int) -> None:
@@ -140,7 +136,7 @@ class Publisher:
 
     def close(self) -> None:
         """Removes all versions; a publisher that has written nothing leaves those of others alone."""
-        if self._newest is not None:
+        if self._has_written:
             self._remove(lambda folder: True)
             shutil.rmtree(self.folder / BASE, ignore_errors=True)
         with contextlib.suppress(OSError):
