@@ -80,7 +80,7 @@ lint: $(VENV)/.installed-dev
 	$(python) -m ruff format --check .
 
 clean:
-	rm -rf .venv .venv-aot .venv-rollout .venv-ci .venv-ci-aot .venv-ci-312 .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-aot .venv-rollout .venv-ci .venv-ci-aot .venv-ci-rollout .venv-ci-312 .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find unisd_jax kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras: an install is repeated only when the requirements have changed.
