@@ -403,7 +403,10 @@ def test_by_hand_it_says_what_to_give_the_trainer_and_stops_on_a_signal(fake, tm
         line = next(line for line in process.stdout if line.startswith("serving"))
         assert f"--rollout.engine=vllm --rollout.vllm.addresses=[http://127.0.0.1:{port}]" in line
         process.send_signal(number)
-        assert process.wait(10) == 130
+        try:
+            assert process.wait(10) == 130
+        finally:
+            process.kill()
         assert process.stderr.read() == "stopped\n"
     assert not any(exists(pid) for pid in pids(tmp_path))
     assert (tmp_path / "out" / f"vllm-{port}.log").exists()
@@ -447,8 +450,9 @@ def test_by_hand_bad_input_is_one_line(tmp_path, capsys):
 
 
 def run_main(*words):
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return vllm_server.main(arguments(*words))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

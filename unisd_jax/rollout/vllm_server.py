@@ -279,7 +279,9 @@ def serve(config: Config, *, dry_run: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 2 bad input or a server that ended, 130 stopped by a signal."""
     program = "python -m unisd_jax.rollout.vllm_server"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell may have it ignored for what runs in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         command = configuration.parse_command_line(sys.argv[1:] if argv is None else argv, program)
         if command.print_config:
