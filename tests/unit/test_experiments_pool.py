@@ -209,6 +209,8 @@ note("ready"); time.sleep(60)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_every_job_save_and_starts_no_other(job, started, tmp_path, number):
+    if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("SIGHUP is ignored here, as under nohup, and stays so")
     process = started(job("one", SAVES), job("two", SAVES), job("three"))
     wait_for(lambda: order(tmp_path).count("one ready") + order(tmp_path).count("two ready") == 2)
     process.send_signal(number)

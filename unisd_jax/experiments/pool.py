@@ -188,8 +188,6 @@ class Pool:
                 popen = subprocess.Popen(
                     job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=locks,
                     start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"} | slot.environment,
-                    # A shell may have it ignored for what runs in the background; a job is to be stopped with it.
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )  # fmt: skip
             except OSError as error:
                 log.write(f"cannot be started: {error}\n".encode())
