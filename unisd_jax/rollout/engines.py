@@ -15,6 +15,7 @@ from unisd_jax.rollout.lanes import Lane
 from unisd_jax.rollout.probe import bound, make_probe
 from unisd_jax.rollout.protocol import RolloutEngine
 from unisd_jax.rollout.vllm_client import VllmEngine
+from unisd_jax.rollout.vllm_command import adapter_rank
 from unisd_jax.rollout.vllm_server import OwnServer, start_server
 from unisd_jax.rollout.weights import Publisher, needed_bytes, sync_folder
 
