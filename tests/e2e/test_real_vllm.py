@@ -182,9 +182,6 @@ def test_a_head_that_is_left_behind_is_caught_and_named(engine, smollm2, monkeyp
     monkeypatch.setattr(engine._publisher, "write", without_head)
     with pytest.raises(RolloutFailed, match=r"nats from the trainer's.*lm_head\.weight"):
         both(engine, smollm2, moved, sampling_of(chat, temperature=0.0), version=6)
-    monkeypatch.undo()
-    theirs, ours = both(engine, smollm2, params, sampling_of(chat, temperature=0.0), version=7)
-    assert np.array_equal(theirs.ids, ours.ids)
 
 
 # --- Training ---
