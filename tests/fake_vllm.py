@@ -151,6 +151,13 @@ class FakeVllm:
         self.stop()
         self.start()
 
+    def reset(self) -> None:
+        """As after its start, without faults and without what it was asked before."""
+        self.faults.clear()
+        self.restart()
+        self.log.clear()
+        self.samples.clear()
+
     def fault(self, name, *, times: int | None = 1, after: int = 0, path: str | None = None) -> None:
         """Lets something go wrong at the next request to `path`.
 

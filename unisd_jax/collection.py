@@ -137,13 +137,6 @@ def finish_batch(experiment: Experiment, batch: Batch, phase: Phase | None = Non
     return Views(batch.student, teacher, completions, logps, contexts, negative), metrics
 
 
-def collect_views(
-    experiment: Experiment, state: TrainState, examples: Sequence[Example], phase: Phase | None = None
-) -> tuple[Views, dict[str, float]]:
-    """`begin_batch` and `finish_batch`, one after the other."""
-    return finish_batch(experiment, begin_batch(experiment, state, examples), phase)
-
-
 def repeated(experiment: Experiment, examples: Sequence[Example]) -> list[Sequence[int]]:
     """The prompts from which own answers are sampled, each as often as there are samples."""
     return [example.student for example in examples for _ in range(experiment.config.teacher.self_samples)]

@@ -79,19 +79,6 @@ def _run(experiment: Experiment, meter: Meter) -> EvalResult:
         print(f"{folder} has this evaluation already; delete it to measure again")
         return read_result(folder)
     _announce(experiment, base)
-    return _measured(experiment, subject, base, identity, key, folder, meter)
-
-
-def _measured(
-    experiment: Experiment,
-    subject: Subject,
-    base: Subject | None,
-    identity: dict[str, Any],
-    key: str,
-    folder: Path,
-    meter: Meter,
-) -> EvalResult:
-    config = experiment.config
     own = measure(experiment, subject, meter, base=base, retries=config.measure.retries)
     other = reverse = None
     if base is not None:

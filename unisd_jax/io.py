@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write beside, fsync, rename."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -52,3 +53,12 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def try_flock(descriptor: int) -> bool:
+    """Locks an open file or folder until every process that has it open ends; False while another one has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

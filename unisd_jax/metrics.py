@@ -245,9 +245,14 @@ class _Screen:
         self._last_time = now
         if not self._durations:
             return "-"
-        seconds = round(statistics.median(self._durations) * max(0, self._total - step))
-        minutes, hours = seconds // 60 % 60, seconds // 3600
-        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return clock(statistics.median(self._durations) * max(0, self._total - step))
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _number(value: float | None) -> str:

@@ -76,16 +76,17 @@ def run(config: Config) -> RunResult:
     meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config)
+    with contextlib.closing(experiment.sampler):
+        return _run(experiment, run_dir, meter, started)
+
+
+def _run(experiment: Experiment, run_dir: Path, meter: Meter, started: float) -> RunResult:
+    config = experiment.config
+    with meter.phase("setup"):
         queue = BatchQueue(experiment, training_batches(experiment))
         if multihost.is_main():
             write_config(run_dir, config)
         multihost.wait_for_all("the configuration")
-    with contextlib.closing(experiment.sampler):
-        return _run(experiment, queue, run_dir, meter, started)
-
-
-def _run(experiment: Experiment, queue: BatchQueue, run_dir: Path, meter: Meter, started: float) -> RunResult:
-    config = experiment.config
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     try:
         state = new_state(experiment)

@@ -45,9 +45,7 @@ def running(workspace):
 
 @pytest.fixture
 def fake(running):
-    running.faults.clear()
-    running.restart()
-    running.log.clear()
+    running.reset()
     return running
 
 

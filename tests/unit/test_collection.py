@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toys
 
-from unisd_jax.collection import begin_batch, collect_views, majority, own_answers
+from unisd_jax.collection import begin_batch, finish_batch, majority, own_answers
 from unisd_jax.config import load_config
 from unisd_jax.data.buckets import length_buckets
 from unisd_jax.data.pipeline import tokenize
@@ -100,7 +100,7 @@ def _state(experiment):
 
 def collect(prepared):
     experiment, state = prepared
-    views, metrics = collect_views(experiment, state, experiment.train[:BATCH])
+    views, metrics = finish_batch(experiment, begin_batch(experiment, state, experiment.train[:BATCH]))
     return views, metrics, experiment.sampler
 
 
@@ -176,7 +176,8 @@ def sources(prepared, steps=200):
     experiment, state = prepared
     drawn = []
     for step in range(steps):
-        views, metrics = collect_views(experiment, state._replace(step=jnp.int32(step)), experiment.train[:BATCH])
+        batch = begin_batch(experiment, state._replace(step=jnp.int32(step)), experiment.train[:BATCH])
+        views, metrics = finish_batch(experiment, batch)
         own = views.sampler_logps is not None
         assert metrics.keys() == LENGTHS | {"on_policy"} and metrics["on_policy"] == float(own)
         texts = rows(views.completions)

@@ -34,7 +34,7 @@ ALLOWED = {
     "metrics": MACHINERY,
     "markdown": set(),
     "report": MACHINERY | {"metrics", "markdown", "resources"},
-    "experiments": BASE | {"config", "data", "models", "interrupt"},
+    "experiments": BASE | {"config", "data", "models", "interrupt", "metrics"},
     "overview": BASE | {"config", "eval", "markdown", "metrics", "report"},
     "head_pass": MACHINERY | {"teacher"},
     "step": MACHINERY | {"teacher", "parallel", "head_pass"},

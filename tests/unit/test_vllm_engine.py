@@ -58,10 +58,7 @@ def running(checkpoint):
 def fakes(running):
     """Two servers as after their start, without faults."""
     for fake in running:
-        fake.faults.clear()
-        fake.restart()
-        fake.log.clear()
-        fake.samples.clear()
+        fake.reset()
     return running
 
 

@@ -54,9 +54,7 @@ def running(checkpoint):
 @pytest.fixture
 def fake(running):
     """The server as after its start, without faults."""
-    running.faults.clear()
-    running.restart()
-    running.log.clear()
+    running.reset()
     return running
 
 

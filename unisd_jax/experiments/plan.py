@@ -227,7 +227,7 @@ def _common(config: Config, request: Request, name: str, *program: str) -> dict[
     return {
         "folder": str(folder),
         "command": (sys.executable, *program, "--config", str(folder / "options.yaml")),
-        "config": _text(config),
+        "config": to_yaml(config),
         "about": about | {"seed": config.seed, "steps": config.train.steps},
         "expected_gib": round(BASE_GIB + TIMES_WEIGHTS * _weights_gib(config.measure.base or config.model.path), 1),
     }
@@ -246,13 +246,6 @@ def _report(request: Request, script: Path, jobs: Sequence[Job]) -> Job:
         experiments=request.experiments,
         device=False,
     )
-
-
-def _text(config: Config) -> str:
-    """The resolved configuration as a file for `--config`; the variants that made it are in it already."""
-    chosen = [f"{name}.{value}" for name in ("parity", "preset") if (value := getattr(config, name)) != "none"]
-    variants = f"variants: {json.dumps({name: {} for name in chosen})}\n" if chosen else ""
-    return to_yaml(config) + variants
 
 
 def label(config: Config) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from unisd_jax.errors import UserError
 from unisd_jax.experiments.jobs import Job
-from unisd_jax.io import write_json_atomic
+from unisd_jax.io import try_flock, write_json_atomic
 
 FORMAT = 1
 
@@ -22,12 +22,10 @@ def try_lock(path: Path) -> int | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if try_flock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def is_locked(path: Path) -> bool:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unisd_jax.experiments.jobs import FAILED, GOOD, INTERRUPTED, NOT_RUN, Job, last_lines, last_record
+from unisd_jax.metrics import clock
 
 if TYPE_CHECKING:
     from unisd_jax.experiments.pool import Pool, Process
@@ -90,13 +91,6 @@ def summary(jobs: Sequence[Job], states: Mapping[str, str], environment: Mapping
 
 
 # --- Times ---
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def time_left(pool: "Pool") -> float | None:

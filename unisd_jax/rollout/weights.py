@@ -6,7 +6,6 @@ manifest. Weights go from the devices to the file one tensor at a time.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import os
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unisd_jax.errors import ConfigError, UserError
-from unisd_jax.io import replaced_folder, write_json_atomic
+from unisd_jax.io import replaced_folder, try_flock, write_json_atomic
 from unisd_jax.models import Lora, Model, iter_hf_tensors, merge, save_peft
 from unisd_jax.models.hf_fields import json_object
 from unisd_jax.models.hf_io import leaf_at, leaf_paths, split_shards, stored_shapes, write_shards
@@ -113,11 +112,6 @@ class Publisher:
             stream = _Stream(published_tensors(self.model, params, lora, self.dtype, fetch), entries)
         stream.seconds = time.perf_counter() - started
         target, size = self.folder / (name or f"v{version:08}"), sum(entry.nbytes for entry in entries)
-
-        def manifest() -> Manifest:
-            content, shapes = stream.digest.hexdigest()[:12], {entry.name: list(entry.shape) for entry in entries}
-            return Manifest(self.owner, version, content, kind, str(entries[0].dtype), size, shapes)
-
         if name is None:
             self._remove(lambda folder: folder not in (self._newest, target))
         with _appearing(target, size) as folder:
@@ -126,9 +120,11 @@ class Publisher:
                 save_peft(folder, self.model, lora, base=self.base)
             else:
                 write_shards(folder, split_shards(entries, SHARD_BYTES), iter(stream))
-            write_json_atomic(folder / MANIFEST, {"format": FORMAT} | manifest()._asdict())
+            content, shapes = stream.digest.hexdigest()[:12], {entry.name: list(entry.shape) for entry in entries}
+            manifest = Manifest(self.owner, version, content, kind, str(entries[0].dtype), size, shapes)
+            write_json_atomic(folder / MANIFEST, {"format": FORMAT} | manifest._asdict())
         self._newest, self._has_written = target if name is None else self._newest, True
-        return Published(target, manifest(), stream.seconds, time.perf_counter() - started - stream.seconds)
+        return Published(target, manifest, stream.seconds, time.perf_counter() - started - stream.seconds)
 
     def remove_before(self, version: int) -> None:
         """Removes the versions older than `version`."""
@@ -219,10 +215,8 @@ def planned_tensors(model: Model, dtype: Any) -> list[Entry]:
     return entries
 
 
-def needed_bytes(model: Model, dtype: Any, *, lora: Lora | None = None, kind: Kind = "weights") -> int:
-    """The size of a version on disk; `lora` may be of shapes."""
-    if kind == "adapter":
-        return sum(4 * leaf.size for leaf in jax.tree.leaves(lora))
+def needed_bytes(model: Model, dtype: Any) -> int:
+    """The size of a version of kind "weights" on disk."""
     return sum(entry.nbytes for entry in planned_tensors(model, dtype))
 
 
@@ -277,12 +271,10 @@ def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str, p
 def _locked(folder: Path) -> int | None:
     """A lock of a folder, which ends with this process, also in another container; None if someone has it."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if try_flock(descriptor):
         return descriptor
-    except OSError:
-        os.close(descriptor)
-        return None
+    os.close(descriptor)
+    return None
 
 
 def _held_folder(folder: Path) -> int:

@@ -7,7 +7,6 @@ checksum. The release names its caches by model and dataset only and returns wha
     <root>/<kind>/<hash of the key>.lock
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from unisd_jax.io import write_json_atomic
+from unisd_jax.io import try_flock, write_json_atomic
 
 RECORDS, KEY, MANIFEST = "records.jsonl", "key.json", "manifest.json"
 LOCK_POLL = 0.5  # seconds
@@ -256,15 +255,13 @@ def _take_lock(folder: Path) -> int:
 def _wait_for_lock(lock: int, folder: Path) -> None:
     said = ""
     while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_flock(lock):
             return
-        except BlockingIOError:
-            owner = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
-            if owner != said:
-                print(f"waiting for process {owner}, which is making cache {folder}", flush=True)
-                said = owner
-            time.sleep(LOCK_POLL)
+        owner = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+        if owner != said:
+            print(f"waiting for process {owner}, which is making cache {folder}", flush=True)
+            said = owner
+        time.sleep(LOCK_POLL)
 
 
 def _move_aside(folder: Path, damage: Damaged) -> None:
