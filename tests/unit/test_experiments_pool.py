@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unisd_jax.errors import ConfigError, UserError
@@ -361,6 +362,12 @@ def test_measured_memory_takes_the_place_of_the_guess(job, run, tmp_path, monkey
     (tmp_path / "order").unlink()
     run(*(job(f"b{number}", "time.sleep(.4)", about=about, expected_gib=5.0) for number in range(2)), on=on)
     assert most_at_once(tmp_path) == 2
+
+
+def test_what_the_command_itself_holds_is_not_a_job_s_memory(job, run, tmp_path):
+    ballast = np.ones(300 * 2**20, np.uint8)
+    run(job("one", "time.sleep(.3)"))
+    assert ballast.all() and 0 < Manifest(tmp_path).read()["one"]["peak_memory_gib"] < 0.2
 
 
 def test_a_job_waits_until_memory_is_free(job, tmp_path, monkeypatch):

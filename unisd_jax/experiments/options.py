@@ -51,8 +51,9 @@ def parse(argv: Sequence[str]) -> Asked:
     lists = {name: getattr(given, name) for name in ("models", "tasks", "seeds")}
     kept = _checked_overrides(overrides, lists)
     names = EXPERIMENTS if "all" in given.experiments else tuple(dict.fromkeys(given.experiments))
-    if given.base and not Path(given.base).is_file():
-        raise ConfigError(f"--config {given.base} is not a file; expected what all runs have in common, as YAML")
+    for name in given.bases:
+        if not Path(name).is_file():
+            raise ConfigError(f"--config {name} is not a file; expected what all runs have in common, as YAML")
     if given.memory_gib is not None and not given.memory_gib > 0:
         raise ConfigError(f"--memory-gib is {given.memory_gib}, expected the GiB that one job takes, above 0")
     cluster = None
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str]) -> Asked:
             raise ConfigError(f"--cluster {given.cluster[0]}: expected slurm DIR; others can read its jobs.json")
         cluster = Path(given.cluster[1])
     request = Request(
-        experiments=names, output_dir=given.output_dir, base=given.base, overrides=tuple(kept),
+        experiments=names, output_dir=given.output_dir, bases=tuple(given.bases), overrides=tuple(kept),
         views=given.views, gammas=given.gammas, evaluate=given.evaluate, **lists,
     )  # fmt: skip
     return Asked(request, given.devices, given.memory_gib, given.dry_run, cluster)
@@ -102,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=_list_of(str), default=(), help="as data.task: a,b; else the configuration's")
     add("--seeds", type=_list_of(int), default=(), help="such as 0,1,2; else the configuration's")
     add("--devices", help="0,1: GPUs; 0+1,2+3: two for each job; tpu:0,1; cpu:2: two jobs at once; else all GPUs")
-    add("--config", dest="base", metavar="BASE.yaml", help="what all runs have in common, beside their mode")
+    common = "what all runs have in common, beside their mode; of several, the later win"
+    add("--config", dest="bases", action="append", default=[], metavar="BASE.yaml", help=common)
     add("--preset", choices=["none", "command", "launcher"], help="hyper-parameters of the paper's release")
     add("--output-dir", default="runs/experiments", help="where everything is kept (default: %(default)s)")
     add("--views", type=_list_of(int), default=VIEWS, help="K of sensitivity (default: 3,4,5,6,7)")

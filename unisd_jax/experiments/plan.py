@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Request:
     models: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    base: str | None = None
+    bases: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     views: tuple[int, ...] = recipes.VIEWS
     gammas: tuple[float, ...] = recipes.GAMMAS
@@ -105,20 +104,16 @@ def _refuse_overrides(request: Request, experiment: str, options: Mapping[str, A
 
 
 def _compose(request: Request, repository: Path, recipe: recipes.Recipe) -> Config:
-    """The mode's file, then the common one, then what was typed, then the recipe's own options."""
-    files = [repository / "configs" / "modes" / f"{recipe.start}.yaml"]
-    files += [Path(request.base)] if request.base else []
+    """The mode's file, then the common ones, then what was typed, then the recipe's own options."""
+    files = [repository / "configs" / "modes" / f"{recipe.start}.yaml", *map(Path, request.bases)]
     own = {"mode": recipe.mode} | dict(recipe.options)
     own |= {"model.path": request.models[0]} if request.models else {}
     words = [f"--{name}={json.dumps(value)}" for name, value in own.items()]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{recipe.mode}.yaml"
-        path.write_text(json.dumps({"inherit": [str(file.absolute()) for file in files]}))
-        try:
-            return load_config(path, [*request.overrides, *words])
-        except ConfigError as error:
-            common = f" with --config {request.base}" if request.base else ""
-            raise ConfigError(f"{recipe.mode}{common}: {error}") from None
+    try:
+        return load_config(files, [*request.overrides, *words])
+    except ConfigError as error:
+        common = f" with --config {' '.join(request.bases)}" if request.bases else ""
+        raise ConfigError(f"{recipe.mode}{common}: {error}") from None
 
 
 def _chosen(config: Config, model: str, task: str, seed: int) -> Config:

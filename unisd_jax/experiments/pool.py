@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from unisd_jax.experiments import jobs as of_jobs
 from unisd_jax.experiments.jobs import ELSEWHERE, FAILED, FINISHED, GOOD, INTERRUPTED, NOT_RUN, RUNNING, WAITING, Job
-from unisd_jax.experiments.slots import Slot, available_gib, resident_gib
+from unisd_jax.experiments.slots import Slot, available_gib, peak_gib, resident_gib
 from unisd_jax.experiments.state import Manifest, try_lock
 from unisd_jax.experiments.status import Screen
 from unisd_jax.io import write_text_atomic
@@ -31,6 +31,7 @@ class Process:
     slot: Slot
     popen: subprocess.Popen
     started: float = field(default_factory=time.monotonic)
+    peak: float = 0.0  # GiB
 
     def seconds(self) -> float:
         """Since it was started."""
@@ -78,9 +79,9 @@ class Pool:
     def _step(self) -> bool:
         """Looks at what has ended and starts what can start; whether anything is left to wait for."""
         for process in list(self.running.values()):
-            status, peak = _ended(process.popen)
+            status = _ended(process)
             if status is not None:
-                self._finish(process, status, peak)
+                self._finish(process, status)
         for job in self.jobs.values():
             lost = [name for name in job.needs if self._need(name) in (FAILED, NOT_RUN)]
             if lost and self.states[job.name] == WAITING and job.kind != "report":
@@ -198,10 +199,10 @@ class Pool:
         if slot.cores and hasattr(os, "sched_setaffinity"):
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(popen.pid, slot.cores)
-        self.running[job.name] = Process(job, slot, popen)
+        self.running[job.name] = Process(job, slot, popen, peak=peak_gib(popen.pid) or 0.0)
         self.screen.event("start", job, f"on {slot.name}")
 
-    def _finish(self, process: Process, status: int, peak: float, *, stopped: bool = False) -> None:
+    def _finish(self, process: Process, status: int, *, stopped: bool = False) -> None:
         """Takes an ended process out, with all that it may have left running."""
         job = process.job
         _signal_group(process.popen.pid, signal.SIGKILL)
@@ -216,7 +217,7 @@ class Pool:
         else:
             why = {0: "it wrote no result", -9: "killed, as when memory runs out"}.get(status, f"status {status}")
             state, reason = FAILED, f"{why}, see {job.log}"
-        took = {"seconds": round(process.seconds(), 1), "peak_memory_gib": round(peak, 3), "status": status}
+        took = {"seconds": round(process.seconds(), 1), "peak_memory_gib": round(process.peak, 3), "status": status}
         self._set(job, state, **took)
         if state == FINISHED:
             self.finished.append(job.record() | took)
@@ -243,25 +244,29 @@ class Pool:
             for process in list(self.running.values()):
                 if number is not None:
                     _signal_group(process.popen.pid, number)
-                status, peak = _ended(process.popen)
+                status = _ended(process)
                 if status is not None:
                     with suppress(OSError):  # a full disk must not keep the others alive
-                        self._finish(process, status, peak, stopped=True)
+                        self._finish(process, status, stopped=True)
             terminated = terminated or number is not None
             time.sleep(POLL / 4)
 
 
-def _ended(popen: subprocess.Popen) -> tuple[int | None, float]:
-    """The exit status of a process, None while it runs, and the most memory that it held, in GiB."""
+def _ended(process: Process) -> int | None:
+    """The exit status of a process, None while it runs; looks at the most memory that it has held so far.
+
+    Not the kernel's count of an ended child, which holds what this process had when it made the child.
+    """
+    popen = process.popen
+    process.peak = max(process.peak, peak_gib(popen.pid) or 0.0)
     try:
-        process_id, status, usage = os.wait4(popen.pid, os.WNOHANG)
+        process_id, status = os.waitpid(popen.pid, os.WNOHANG)
     except ChildProcessError:
-        return popen.returncode if popen.returncode is not None else -1, 0.0
+        return popen.returncode if popen.returncode is not None else -1
     if process_id == 0:
-        return None, 0.0
+        return None
     popen.returncode = os.waitstatus_to_exitcode(status)
-    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
-    return popen.returncode, usage.ru_maxrss / unit
+    return popen.returncode
 
 
 def _signal(process_id: int, number: int) -> None:

@@ -130,6 +130,15 @@ def resident_gib(process_id: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
+def peak_gib(process_id: int) -> float | None:
+    """The most that a process has held since its program was loaded; None where that cannot be told."""
+    try:
+        lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * KIB / GIB for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, IndexError, ValueError):
+        return None
+
+
 def _meminfo(name: str) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
