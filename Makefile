@@ -9,6 +9,8 @@ ROLLOUT ?=
 RUNS ?= runs
 # Extra overrides for both quickstart trainings, as in QUICKSTART_ARGS="--data.test_limit=80".
 QUICKSTART_ARGS ?=
+# For scripts/make_claims.py, as in CLAIMS_ARGS="--seeds 0,1,2,3,4".
+CLAIMS_ARGS ?=
 # For scripts/aot_kernels.py, aot_attention.py and aot_step.py, as in AOT_KERNELS="--quick --targets h200".
 AOT_KERNELS ?=
 AOT_ATTENTION ?=
@@ -26,10 +28,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-real test-vllm aot rollout-env lint clean
+.PHONY: help quickstart claims test test-slow test-real test-vllm aot rollout-env lint clean
 
 help:
 	@echo 'make quickstart  SmolLM2-135M teaches itself on this CPU: installs, converts, trains, evaluates, compares with sft'
+	@echo 'make claims      measures the claims of the paper on SmolLM2-135M, about 50 minutes on two cores; writes docs/claims.md'
 	@echo 'make test        installs what the tests need and runs them'
 	@echo 'make test-slow   more of the same: every mode on every mesh of eight simulated devices, more runs of two processes'
 	@echo 'make test-real   the tests that need the checkpoint which quickstart converts'
@@ -45,6 +48,10 @@ quickstart: $(VENV)/.installed-quickstart
 	$(python) -m unisd_jax.train --config configs/quickstart.yaml --output_dir=$(RUNS) $(QUICKSTART_ARGS)
 	$(python) -m unisd_jax.train --config configs/quickstart_sft.yaml --output_dir=$(RUNS) $(QUICKSTART_ARGS)
 	$(python) scripts/compare_runs.py $(RUNS)/quickstart $(RUNS)/quickstart-sft
+
+claims: $(VENV)/.installed-quickstart
+	$(python) scripts/prepare_smollm2.py --out models/smollm2-135m-instruct
+	$(python) scripts/make_claims.py $(CLAIMS_ARGS)
 
 test: $(VENV)/.installed-dev
 	@mkdir -p .cache

@@ -28,6 +28,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": QWEN
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
     | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "qwen2.5-1.5b": QWEN
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "qwen2.5-3b": QWEN
+    | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "qwen2.5-7b": QWEN
     | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
     | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
@@ -62,7 +68,12 @@ class Chips(NamedTuple):
 CHIPS = {
     "h200": Chips("h200", (1, 1, 1), 140.4, "1x1x8"),
     "h200x8": Chips("h200", (1, 8, 1), 140.4, "1x1x8"),
-    "v5p-8": Chips("v5p", (1, 8, 1), 95.0, "v5p:2x2x2"),
+    # Compiled as for the H200, which differs from it in memory and bandwidth only.
+    "h100x8": Chips("h200", (1, 8, 1), 79.1, "1x1x8"),
+    "h100x8-data": Chips("h200", (8, 1, 1), 79.1, "1x1x8"),
+    # Google counts the cores of a v5p, two a chip that act as one device, and the chips of a v6e.
+    "v5p-8": Chips("v5p", (1, 4, 1), 95.0, "v5p:2x2x1"),
+    "v5p-8-data": Chips("v5p", (4, 1, 1), 95.0, "v5p:2x2x1"),
     "v6e-8": Chips("v6e", (1, 8, 1), 31.2, "v6e:2x4"),
 }
 USABLE = 0.9
@@ -224,7 +235,7 @@ def main() -> int:
             rows.append(run_case(case | {"config": str(config)}, overrides))
             good &= print_row(rows[-1])
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps([row | {"overrides": overrides} for row in rows], indent=1) + "\n")
     return int(not good)
 
 

@@ -113,6 +113,25 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def read(self, step: int, like: TrainState) -> TrainState:
+        """The state after `step` updates, with the shapes and sharding of `like`; for looking back at a run.
+
+        Raises:
+          UserError: there is no such checkpoint, it cannot be read, or it belongs to another program or model.
+        """
+        self._manager.reload()
+        if step not in self._manager.all_steps():
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {self._manager.all_steps()}")
+        try:
+            restored, expected = self._read(step, like)
+        except UserError:
+            raise
+        except Exception as error:  # whatever orbax, tensorstore or the file system make of a damaged file
+            raise UserError(f"{self.directory}/{step} cannot be read ({_reason(error)})") from error
+        if checksums(named_leaves(restored.state)) != expected:
+            raise UserError(f"{self.directory}/{step}: its arrays are not the ones that were saved")
+        return restored.state
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:

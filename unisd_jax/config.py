@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,12 +29,14 @@ from unisd_jax.config_loading import (
 )
 from unisd_jax.config_options import Config as Config
 from unisd_jax.config_options import DistributedOptions as DistributedOptions
+from unisd_jax.config_options import TrainOptions
 from unisd_jax.config_options import VllmOptions as VllmOptions
 from unisd_jax.config_validation import check_values, likely_mistakes
 from unisd_jax.errors import ConfigError
 
-# Options merged over a file where `parity` or `preset` has that value; a later one wins.
-_VARIANTS = ("parity.upstream", "preset.command", "preset.launcher")
+# Options merged over a file where `parity`, `preset`, or both of two options have that value; a later one wins.
+_VARIANTS = ("parity.upstream", "preset.command", "preset.launcher", "preset.launcher+mode.unisd_star")
+_EPOCH = re.compile(r"(\d+) items")
 
 VLLM_PLACES = tuple(field.name for field in fields(VllmOptions) if field.name not in ("dtype", "sync", "arguments"))
 # Where a run is kept and what is said about it; these may change when a run is resumed.
@@ -55,34 +58,68 @@ _NOT_DEFINING = (
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, with dotted overrides such as `--train.steps=20` on top.
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file or in several, with dotted overrides such as `--train.steps=20` on top.
 
-    The file may have a top-level key `inherit` (a path or a list of paths, relative to the file): those files
-    are merged first, mappings recursively, scalars and lists replaced, later ones winning. A file's `variants` map
-    names such as `preset.launcher` to options that are merged over that file where `preset` is "launcher". The value of
-    an override is YAML. Paths inside the configuration stay as written: relative to the current directory.
+    A file may have a top-level key `inherit` (a path or a list of paths, relative to the file): those files
+    are merged first, mappings recursively, scalars and lists replaced, later ones winning. Several files are merged
+    as if a file inherited them in this order. A file's `variants` map names such as `preset.launcher` to options that
+    are merged over that file where `preset` is "launcher". The value of an override is YAML. Paths inside the
+    configuration stay as written: relative to the current directory. `train.steps` may be `374 items`: one pass over
+    so many in whole batches.
 
     Raises:
       ConfigError: unreadable file, unknown option, wrong type, value out of range, switches that contradict
         the mode.
     """
-    tree = _read(Path(path), overrides, Variants(_VARIANTS))
-    conform(Config, tree, Config)  # an unknown name is an error of its own, before it is looked for
-    chosen = [name for name in _VARIANTS if tree.get(name.partition(".")[0]) == name.partition(".")[2]]
-    if chosen:
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files = _read(paths, (), Variants(_VARIANTS))
+    for place, path in enumerate(paths):
+        if any(path.samefile(other) for other in paths[:place]):
+            raise ConfigError(f"the configuration file {show(str(path))} is given twice; leave one of them out")
+    tree = _merged(files, overrides)
+    conform(Config, _steps_counted(tree), Config)  # an unknown name is an error of its own, before it is looked for
+    if chosen := _chosen_variants(tree, files):
         variants = Variants(_VARIANTS, chosen)
-        tree = _read(Path(path), overrides, variants)
+        tree = _read(paths, overrides, variants)
         # A resolved configuration has all options, those of its variants among them.
         resolved = {name for name, _, _ in walk_options(Config)} <= set(flatten(tree))
-        missing = sorted(set(chosen) - variants.found)
+        missing = sorted(name for name in set(chosen) - variants.found if "+" not in name)
         if missing and not resolved:
+            named = " ".join(map(str, paths))
             raise ConfigError(
-                f"{path}: neither it nor a file it inherits has variants: {missing[0]}; inherit base.yaml"
+                f"{named}: neither it nor a file it inherits has variants: {missing[0]}; inherit base.yaml"
             )
-    config = draccus.decode(Config, conform(Config, tree, Config))
+    config = draccus.decode(Config, conform(Config, _steps_counted(tree), Config))
+    if config.train.steps == 0 and isinstance(written := tree["train"]["steps"], str):
+        raise ConfigError(
+            f"train.steps is {show(written)}, less than one batch of train.batch_size ({config.train.batch_size})"
+        )
     validate(config)
     return config
+
+
+def _chosen_variants(tree: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+    """Those that fit. The mode is that of the files: an ablation keeps the values of the file it starts from."""
+
+    def holds(condition: str) -> bool:
+        option, _, value = condition.partition(".")
+        return (files if option == "mode" else tree).get(option) == value
+
+    return [name for name in _VARIANTS if all(map(holds, name.split("+")))]
+
+
+def _steps_counted(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with `train.steps: 374 items` as a number of batches, 0 where there is not one."""
+    train = tree.get("train")
+    steps = train.get("steps") if isinstance(train, Mapping) else None
+    written = _EPOCH.fullmatch(steps) if isinstance(steps, str) else None
+    if written is None:
+        return tree
+    batch = train.get("batch_size", TrainOptions.batch_size)
+    if type(batch) is not int or batch < 1:  # what is wrong with it is said where it is checked
+        batch = 1
+    return {**tree, "train": {**train, "steps": int(written[1]) // batch}}
 
 
 def warnings(config: Config) -> list[str]:
@@ -90,8 +127,15 @@ def warnings(config: Config) -> list[str]:
     return likely_mistakes(flatten(to_dict(config)))
 
 
-def _read(path: Path, overrides: Sequence[str], variants: Variants) -> dict[str, Any]:
-    tree = read_tree(path, variants)
+def _read(paths: Sequence[Path], overrides: Sequence[str], variants: Variants) -> dict[str, Any]:
+    done: set[Path] = set()
+    tree: dict[str, Any] = {}
+    for path in paths:
+        tree = deep_merge(tree, read_tree(path, variants, done=done))
+    return _merged(tree, overrides)
+
+
+def _merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         tree = deep_merge(tree, parse_override(text, Config))
     return tree
@@ -164,7 +208,7 @@ class CommandLine:
 
 
 def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
-    """Reads `--config FILE [--a.b=c ...] [--dry-run] [--print-config]`; `--help` prints the usage and exits.
+    """Reads `--config FILE ... [--a.b=c ...] [--dry-run] [--print-config]`; `--help` prints the usage and exits.
 
     Args:
       argv: the words after the program's name.
@@ -176,7 +220,7 @@ def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
     if "--help" in argv or "-h" in argv:
         print(_help(prog))
         raise SystemExit(0)
-    path, flags, overrides = None, set(), []
+    paths, flags, overrides = [], set(), []
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -185,18 +229,16 @@ def parse_command_line(argv: Sequence[str], prog: str) -> CommandLine:
                 raise ConfigError(f"{name} takes no value, found {show(word)}")
             flags.add(name)
         elif name == "--config":
-            if path is not None:
-                raise ConfigError("--config was given twice; use the key inherit to combine files")
-            path = value if equals else next(words, "")
-            if not path or path.startswith("--"):
+            paths.append(value if equals else next(words, ""))
+            if not paths[-1] or paths[-1].startswith("--"):
                 raise ConfigError("--config needs a file: --config configs/quickstart.yaml")
         elif name.startswith("--") and equals:
             overrides.append(word)
         else:
             raise ConfigError(_bad_word(word))
-    if path is None:
+    if not paths:
         raise ConfigError(f"--config FILE is missing; {prog} --help shows the usage")
-    return CommandLine(load_config(path, overrides), "--dry-run" in flags, "--print-config" in flags)
+    return CommandLine(load_config(paths, overrides), "--dry-run" in flags, "--print-config" in flags)
 
 
 def _bad_word(word: str) -> str:
@@ -210,9 +252,9 @@ def _bad_word(word: str) -> str:
 def _help(prog: str) -> str:
     """The usage and every option by section, with its type and default."""
     lines = [
-        f"usage: {prog} --config FILE [--section.option=value ...] [--dry-run] [--print-config]",
+        f"usage: {prog} --config FILE [--config FILE ...] [--section.option=value ...] [--dry-run] [--print-config]",
         "",
-        "  --config FILE             YAML configuration; configs/base.yaml explains every option",
+        "  --config FILE             YAML configuration; configs/base.yaml explains it; of several, the later win",
         "  --section.option=value    replaces one option; the value is YAML: --model.lora.targets=[q,v]",
         "  --dry-run                 check and build everything, then stop before the first step",
         "  --print-config            print the resolved configuration and stop",

@@ -102,7 +102,7 @@ def distances_on(
     pairs = _scored(experiment, [(row.student, reply.ids) for row, reply in rows])
     with (
         meter.phase("scoring") as phase,
-        _kept(experiment.config, "distances", identity, len(replies)) as (known, add),
+        kept(experiment.config, "distances", identity, len(replies)) as (known, add),
     ):
 
         def record(new: Mapping[int, Sums]) -> None:
@@ -148,10 +148,10 @@ def sample_rows(experiment: Experiment) -> list[Example]:
 
 def _generate(experiment: Experiment, subject: Subject, rows: Sequence[Example], phase: Phase) -> list[Reply]:
     identity = generation_identity(experiment, subject)
-    with _kept(experiment.config, "generations", identity, len(rows)) as kept:
-        if len(kept[0]) < len(rows) or experiment.config.measure.retries:
+    with kept(experiment.config, "generations", identity, len(rows)) as cached:
+        if len(cached[0]) < len(rows) or experiment.config.measure.retries:
             subject.engine.publish(subject.network.params, 0)
-        return _replies(experiment, subject, rows, sampling_of(experiment), kept, phase)
+        return _replies(experiment, subject, rows, sampling_of(experiment), cached, phase)
 
 
 def _replies(
@@ -159,13 +159,13 @@ def _replies(
     subject: Subject,
     rows: Sequence[Example],
     sampling: Sampling,
-    kept: tuple[dict[int, Any], Callable[[Replies], None]],
+    cached: tuple[dict[int, Any], Callable[[Replies], None]],
     phase: Phase,
     *,
     attempt: int = 0,
 ) -> list[Reply]:
     """A reply to each row; only what is generated now counts in `phase`."""
-    known, add = kept
+    known, add = cached
 
     def record(new: Replies) -> None:
         _count(phase, Pairs([rows[row].student for row in new], [reply.ids for reply in new.values()]))
@@ -218,9 +218,9 @@ def _retry(
         some = [rows[row] for row in failed]
         with (
             meter.phase("retries") as phase,
-            _kept(experiment.config, "retries", identity | again, len(failed)) as kept,
+            kept(experiment.config, "retries", identity | again, len(failed)) as cached,
         ):
-            replies = _replies(experiment, subject, some, sampling, kept, phase, attempt=attempt)
+            replies = _replies(experiment, subject, some, sampling, cached, phase, attempt=attempt)
         last = dict(zip(failed, _grade(experiment, some, replies, meter), strict=True))
         found |= last
     return found
@@ -234,7 +234,7 @@ def _scored(experiment: Experiment, pairs: Sequence[tuple]) -> Pairs:
 
 
 @contextmanager
-def _kept(
+def kept(
     config: Config, kind: str, identity: Identity, total: int
 ) -> Iterator[tuple[dict[int, Any], Callable[[Mapping[int, Any]], None]]]:
     """What is known by place, and a function that adds to it; the main process writes, the others read."""

@@ -199,7 +199,10 @@ def _beside_examples(config: Config, items: Sequence[Item], item: Item, donors: 
     placement = config.teacher.placement
     lenders = [items[donor] for donor in donors]
     examples = [
-        (other.prompt if placement == "turns" and not other.earlier else question(other), other.completion)
+        (
+            other.prompt if placement == "turns" and not other.earlier else question(other),
+            other.example or other.completion,
+        )
         for other in lenders
     ]
     return auxiliary_messages(item.prompt, examples, placement=placement, earlier=item.earlier)

@@ -1,6 +1,8 @@
-"""Gain and forgetting while training goes on: some test items, and the distance from the base model."""
+"""Where a run began, and its gain and forgetting since: test items, and the distance from the base model."""
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,12 @@ from unisd_jax.eval import summary
 from unisd_jax.eval.retention import base_replies, drift
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.scores import Network, Pairs
-from unisd_jax.experiment import Experiment, evaluate_test, require_finite
+from unisd_jax.experiment import Experiment, evaluate_test, new_state, require_finite, student_params
+from unisd_jax.io import write_json_atomic
+from unisd_jax.measure import kept
+from unisd_jax.parallel import multihost
 from unisd_jax.resources import Phase
+from unisd_jax.subject import base_subject, result_identity
 
 
 class Progress:
@@ -64,3 +70,36 @@ class Progress:
         distance = drift(*networks, self._replies, experiment.chat, length_multiple=multiple)
         require_finite("the drift from the base model", distance, step)
         return distance
+
+
+def evaluate_before(experiment: Experiment, run_dir: Path, phase: Phase) -> Evaluation | None:
+    """The starting point's evaluation; kept in the run directory, and for all runs that start from the same weights."""
+    if not experiment.config.evaluation.enabled:
+        return None
+    path = run_dir / "before.json"
+    (missing,) = multihost.largest(int(not path.exists()))
+    if missing:
+        if experiment.config.model.lora.start is None:
+            evaluation = _shared_evaluation(experiment, phase)
+        else:
+            evaluation = _evaluate_start(experiment, student_params(experiment, new_state(experiment)), phase)
+        if multihost.is_main():
+            write_json_atomic(path, evaluation._asdict())
+        multihost.wait_for_all("the evaluation of the starting point")
+    return Evaluation(**json.loads(path.read_text()))
+
+
+def _shared_evaluation(experiment: Experiment, phase: Phase) -> Evaluation:
+    """The base model's evaluation, read back where a run with the same weights, items and graders has made it."""
+    base = base_subject(experiment)
+    identity = result_identity(experiment, base, None) | {"stop": experiment.config.rollout.stop}
+    with kept(experiment.config, "starting_points", identity, 1) as (known, add):
+        if 0 not in known:
+            known[0] = _evaluate_start(experiment, base.network.params, phase)._asdict()
+            add({0: known[0]})
+    return Evaluation(**known[0])
+
+
+def _evaluate_start(experiment: Experiment, params: dict[str, Any], phase: Phase) -> Evaluation:
+    print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
+    return evaluate_test(experiment, params, 0, phase)

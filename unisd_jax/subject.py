@@ -58,16 +58,21 @@ def adapted_and_base(experiment: Experiment) -> tuple[Subject, Subject | None]:
       UserError: a checkpoint cannot be read.
     """
     config, adapter = experiment.config, experiment.config.model.lora.start
-    own = Network(experiment.model, experiment.base)
-    identity = _weights(config, experiment.checkpoint)
-    base = None
+    own, base = base_subject(experiment), None
     if adapter is not None:
-        base = Subject(own, experiment.sampler, identity)
-        own = Network(experiment.model, student_params(experiment, new_state(experiment)))
-        identity = identity | {"adapter": adapter_hash(adapter, config.teacher.cache_dir)}
+        base = own
+        network = Network(experiment.model, student_params(experiment, new_state(experiment)))
+        identity = base.identity | {"adapter": adapter_hash(adapter, config.teacher.cache_dir)}
+        own = Subject(network, experiment.sampler, identity)
     if config.measure.base is not None:
         base = _other(experiment, config.measure.base)
-    return Subject(own, experiment.sampler, identity), base
+    return own, base
+
+
+def base_subject(experiment: Experiment) -> Subject:
+    """The checkpoint `model.path` as it is, without an adapter."""
+    identity = _weights(experiment.config, experiment.checkpoint)
+    return Subject(Network(experiment.model, experiment.base), experiment.sampler, identity)
 
 
 def sampling_of(experiment: Experiment) -> Sampling:

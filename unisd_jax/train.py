@@ -5,7 +5,6 @@ that is known about a run; the same command continues it after any interruption,
 """
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -22,7 +21,6 @@ from unisd_jax.collection import finish_batch
 from unisd_jax.config import Config
 from unisd_jax.data.pipeline import Example, batches
 from unisd_jax.errors import UserError, report_error
-from unisd_jax.eval.runner import Evaluation
 from unisd_jax.experiment import (
     Experiment,
     build,
@@ -42,9 +40,9 @@ from unisd_jax.models import Lora, save_hf, save_peft
 from unisd_jax.parallel import multihost
 from unisd_jax.parallel.sharding import batch_sharding
 from unisd_jax.programs import StepPrograms, use_compilation_cache
-from unisd_jax.progress import Progress
+from unisd_jax.progress import Progress, evaluate_before
 from unisd_jax.report import write_report
-from unisd_jax.resources import Meter, Phase, peak_memory_gib
+from unisd_jax.resources import Meter, peak_memory_gib
 from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
 from unisd_jax.rollout import RolloutFailed
 from unisd_jax.sampling_ahead import BatchQueue
@@ -113,6 +111,8 @@ def _run(experiment: Experiment, run_dir: Path, meter: Meter, started: float) ->
     timer["total"] = time.monotonic() - started
     if multihost.is_main():
         write_samples(run_dir, experiment, before, after)
+        if after is not None:
+            write_json_atomic(run_dir / "after.json", after._asdict())
         write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer, meter.record()))
         write_report(run_dir)
     multihost.wait_for_all("the result")
@@ -285,23 +285,6 @@ def host_metrics(experiment: Experiment, views: Views, step: int, started: float
         "prompts_dropped": experiment.dropped,
         "items_without_negative": experiment.without_negative,
     }
-
-
-def evaluate_before(experiment: Experiment, run_dir: Path, phase: Phase) -> Evaluation | None:
-    """The starting point's evaluation; kept in the run directory, so that a resumed run does not repeat it."""
-    if not experiment.config.evaluation.enabled:
-        return None
-    path = run_dir / "before.json"
-    (missing,) = multihost.largest(int(not path.exists()))
-    if missing:
-        print(f"evaluating the starting point on {len(experiment.test)} test items", flush=True)
-        adapted = experiment.config.model.lora.start is not None
-        start = student_params(experiment, new_state(experiment)) if adapted else experiment.base
-        evaluation = evaluate_test(experiment, start, 0, phase)
-        if multihost.is_main():
-            write_json_atomic(path, evaluation._asdict())
-        multihost.wait_for_all("the evaluation of the starting point")
-    return Evaluation(**json.loads(path.read_text()))
 
 
 def export(run_dir: Path, experiment: Experiment, state: TrainState, trained: dict[str, Any]) -> None:

@@ -230,6 +230,79 @@ def test_deep_merge_keeps_every_leaf_of_the_top(base, top):
         assert value == {} or merged[key] == value
 
 
+# --- Several files, and steps by items ---
+
+
+def test_of_several_files_every_one_counts_and_later_ones_win(write):
+    first = write("first.yaml", "model: {path: a}\nseed: 1\ntrain: {steps: 5, batch_size: 8}\n")
+    second = write("sub/second.yaml", "seed: 2\ntrain: {steps: 6}\n")
+    third = write("third.yaml", "seed: 3\n")
+    config = load_config([first, second, third], ["--train.micro_batches=2"])
+    assert (config.model.path, config.seed) == ("a", 3)
+    assert config.train == TrainOptions(steps=6, batch_size=8, micro_batches=2)
+    top = write("top.yaml", "inherit: [first.yaml, sub/second.yaml, third.yaml]\n")
+    assert load_config(top, ["--train.micro_batches=2"]) == config
+    assert load_config([first]) == load_config(first) == load_config(str(first))
+
+
+def test_a_file_that_several_inherit_counts_once_where_it_is_met_first(write):
+    write("base.yaml", "model: {path: a}\nseed: 1\ntrain: {steps: 5}\n")
+    left, right = write("left.yaml", "inherit: base.yaml\nseed: 2\n"), write("right.yaml", "inherit: base.yaml\n")
+    assert load_config([left, right]).seed == 2
+    assert load_config([left, write("other.yaml", "train: {steps: 6}\n")]).train.steps == 6
+
+
+def test_the_same_file_twice_is_refused_however_it_is_written(write, tmp_path):
+    path = write("sub/a.yaml", "model: {path: a}\n")
+    (tmp_path / "link.yaml").symlink_to(path)
+    for other in (path, tmp_path / "sub" / ".." / "sub" / "a.yaml", tmp_path / "link.yaml"):
+        with pytest.raises(ConfigError, match=r"a\.yaml|link\.yaml") as caught:
+            load_config([path, other])
+        assert "is given twice" in str(caught.value)
+
+
+def test_variants_work_through_all_files_in_their_order(write):
+    first = write("first.yaml", "model: {path: a}\nvariants:\n  preset.launcher: {seed: 5, train: {steps: 7}}\n")
+    second = write("second.yaml", "seed: 2\nvariants:\n  preset.launcher: {train: {batch_size: 3}}\n")
+    both = load_config([first, second], ["--preset=launcher"])
+    assert (both.seed, both.train.steps, both.train.batch_size) == (2, 7, 3)
+    assert load_config([second, first], ["--preset=launcher"]).seed == 5
+    with pytest.raises(ConfigError, match="has variants: preset.command") as caught:
+        load_config([first, second], ["--preset=command"])
+    assert "first.yaml" in str(caught.value) and "second.yaml" in str(caught.value)
+
+
+def test_a_variant_of_preset_and_mode_goes_by_the_mode_of_the_files(write):
+    path = write(
+        "a.yaml",
+        "model: {path: a}\nvariants:\n"
+        "  preset.launcher: {train: {batch_size: 8}}\n  preset.launcher+mode.unisd_star: {train: {batch_size: 4}}\n",
+    )
+    star = CONFIGS / "modes" / "unisd_star.yaml"
+    custom = ["--mode=custom", "--teacher.ema=false", "--preset=launcher"]
+    for files, words, batch in (
+        ([star, path], ["--preset=launcher"], 4),
+        ([star, path], custom, 4),
+        ([star, path], [], 16),
+        ([CONFIGS / "modes" / "ema.yaml", path], ["--preset=launcher"], 8),
+    ):
+        assert load_config(files, words).train.batch_size == batch
+
+
+def test_steps_written_as_items_are_one_pass_in_whole_batches(write, minimal):
+    path = write("a.yaml", "model: {path: a}\ntrain: {steps: 100 items, batch_size: 8}\n")
+    config = load_config(path)
+    assert config.train.steps == 12
+    assert load_config(path, ["--train.batch_size=50"]).train.steps == 2
+    assert load_config(path, ["--train.steps=3"]).train.steps == 3
+    assert load_config(minimal, ["--train.steps=33 items"]).train.steps == 2, "the default is 16 examples"
+    assert load_config(write("resolved.yaml", to_yaml(config))) == config
+    assert "less than one batch of train.batch_size (101)" in refusal(path, "--train.batch_size=101")
+    assert "train.batch_size: expected an integer" in refusal(path, "--train.batch_size=many")
+    assert "train.batch_size must be" in refusal(path, "--train.batch_size=0")
+    assert "train.steps: expected an integer" in refusal(path, "--train.steps=ten items")
+
+
 # --- Overrides and types ---
 
 
@@ -714,7 +787,9 @@ def test_command_line(minimal):
         (["--config"], "--config needs a file"),
         (["--config="], "--config needs a file"),
         (["--config", "--dry-run"], "--config needs a file"),
-        (["--config", "FILE", "--config", "FILE"], "--config was given twice"),
+        (["--config", "FILE", "--config", "FILE"], "is given twice; leave one of them out"),
+        (["--config", "FILE", "--config"], "--config needs a file"),
+        (["--config", "FILE", "--config", "nowhere.yaml"], 'cannot read configuration file "nowhere.yaml"'),
         (["--config", "FILE", "--train.steps", "3"], "--train.steps needs its value after an equals sign"),
         (["--config", "FILE", "extra"], 'expected --section.option=value, found "extra"'),
         (["--config", "FILE", "train.steps=3"], 'expected --section.option=value, found "train.steps=3"'),

@@ -2,41 +2,41 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from pages import BLOCK, PAGES, REPOSITORY, blocks, page, prose
 
 from unisd_jax.config_loading import walk_options
 from unisd_jax.config_modes import MODES
 from unisd_jax.config_options import Config
 from unisd_jax.data.tasks import TASKS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = (
-    "README.md",
-    "docs/tasks.md",
-    "docs/evaluation.md",
-    "docs/rollouts.md",
-    "docs/reports.md",
-    "docs/experiments.md",
-    "docs/mechanisms.md",
-    "docs/checkpoints.md",
-    "docs/scaling.md",
-    "docs/differences.md",
-    "docs/kernels.md",
-    "docs/metrics.md",
-    "docs/performance.md",
-)
 SECTIONS = {name.split(".")[0] for name, _, _ in walk_options(Config) if "." in name}
 OPTIONS = {name for name, _, _ in walk_options(Config)}
 
 
-def page(name: str) -> str:
-    return (REPOSITORY / name).read_text(encoding="utf-8")
-
-
 def in_backticks(name: str) -> set[str]:
-    return set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page(name), flags=re.DOTALL)))
+    return set(re.findall(r"`([^`\n]+)`", prose(name)))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_pages_and_headings(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, heading = target.partition("#")
+        found = (REPOSITORY / name).parent / path if path else REPOSITORY / name
+        assert found.exists(), f"{name}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", found.read_text(encoding="utf-8")), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_the_table_of_contents_has_every_page():
+    linked = re.findall(r"^\| \[(\w+\.md)\]", page("docs/README.md"), flags=re.MULTILINE)
+    assert sorted(linked) == sorted(
+        name.removeprefix("docs/") for name in PAGES if name.startswith("docs/") and name != "docs/README.md"
+    )
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -44,8 +44,9 @@ def test_options_exist(name):
     """`section.option`, `section.option=value` and `section.part` with dots name options or sections of them."""
     for text in in_backticks(name):
         option = re.match(rf"(?:--)?((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)", text)
-        if option is None or "/" in text or option.group(1) in ("train.run", "train.py"):
-            continue  # a path, a function, a file
+        other = "/" in text or text.endswith((".json", ".safetensors", ".py")) or text == "train.run"
+        if option is None or other:
+            continue  # a path, a file, a function
         found = option.group(1)
         assert found in OPTIONS or any(known.startswith(f"{found}.") for known in OPTIONS), f"{name}: {text}"
 
@@ -59,7 +60,7 @@ def test_files_exist(name):
 
 
 def test_the_readme_s_programs_run_and_the_fused_loss_is_the_hand_written_one(capsys):
-    programs = re.findall(r"```python\n(.*?)```", page("README.md"), flags=re.DOTALL)
+    programs = blocks("README.md", "python")
     printed = []
     for program in programs:
         exec(compile(program, "README.md", "exec"), {})

@@ -197,6 +197,28 @@ def test_models_tasks_and_seeds_come_from_the_configuration_where_they_are_not_n
     assert (request.models, request.tasks, request.seeds) == ((str(model),), ("gsm8k",), (0,))
 
 
+def test_of_several_common_configurations_every_one_counts_and_later_ones_win(planned, tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("data: {task: cos_e}\ntrain: {steps: 5, batch_size: 8}\n")
+    second.write_text("train: {steps: 6}\nvariants:\n  preset.launcher: {train: {batch_size: 32}}\n")
+    words = "ema", "--no-evaluate", f"--config={first}", "--config", str(second)
+    for more, batch in (([], 8), (["--preset=launcher"], 32)):
+        (train,) = of_kind(planned(*words, *more), "train")
+        (tmp_path / "config.yaml").write_text(train.config)
+        config = load_config(tmp_path / "config.yaml")
+        assert (config.data.task, config.train.steps, config.train.batch_size) == ("cos_e", 6, batch)
+    assert options.parse([*words]) == options.parse([*words[2:], *words[:2]])
+
+
+def test_an_ablation_in_the_paper_s_setting_has_unisd_star_s_batch_everywhere(planned):
+    paper = REPOSITORY / "configs" / "paper"
+    words = f"--config={paper / 'qwen2.5-0.5b.yaml'}", f"--config={paper / 'cos_e.yaml'}", "--no-evaluate"
+    found = of_kind(planned("ablation", *words, "--preset=launcher"), "train")
+    assert len(found) == 10 and {job.about["steps"] for job in found} == {304}  # 9741 / 32
+    assert {job.about["task"] for job in found} == {"cos_e"}
+    assert {job.about["steps"] for job in of_kind(planned("ema", *words, "--preset=launcher"), "train")} == {152}
+
+
 def test_a_dry_run_shows_every_job_and_writes_nothing(main, model, tmp_path):
     out = tmp_path / "out"
     words = "unisd_star", f"--models={model}", f"--output-dir={out}", "--seeds=0,1", "--dry-run"
@@ -269,6 +291,8 @@ def test_a_result_that_was_deleted_is_made_again(planned):
         (["ema", "--devices=tpu:0+1+2"], "3 chips of a TPU together"),
         (["ema", "--devices=7"], "names GPU 7, but this machine shows"),
         (["ema", "--config=missing.yaml"], "--config missing.yaml is not a file"),
+        (["ema", f"--config={PROGRAM}", "--config=missing.yaml"], "--config missing.yaml is not a file"),
+        (["ema", *[f"--config={REPOSITORY / 'configs' / 'base.yaml'}"] * 2], "is given twice; leave one of them out"),
         (["ema", "--teacher.ema=false"], 'ema: mode "ema" needs ema'),
         (["sensitivity", "--objective.agreement.gamma_agreement=1"], "sensitivity sets objective.agreement.gamma"),
         (["ema", "--memory-gib=0"], "--memory-gib is 0.0"),

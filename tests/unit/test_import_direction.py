@@ -66,7 +66,7 @@ ALLOWED = {
         "results",
         "sampling_ahead",
     },
-    "progress": PARTS | {"experiment"},
+    "progress": PARTS | {"experiment", "measure", "subject"},
     "subject": PARTS | {"experiment", "inputs"},
     "measure": PARTS | {"experiment", "subject"},
     "measured": PARTS | {"experiment", "measure", "subject"},

@@ -133,12 +133,11 @@ def fitting(
             f"tokens, {options[column]} is {limits[column]}; raise the limit or remove the item "
             "(data.overlong=drop does so, with training items only)"
         )
+    reasons = Counter(f"{_kind(examples.names[column])} over {options[column]}={limits[column]}" for _, column in found)
     if found and len(found) == len(examples):
-        raise UserError(
-            f"all {len(examples)} items are too long (data.max_prompt_length is {max_prompt_length}): nothing is left"
-        )
-    reasons = (f"{_kind(examples.names[column])} over {options[column]}={limits[column]}" for _, column in found)
-    return examples.only(~beyond.any(axis=1)), Counter(reasons)
+        ((most, _),) = reasons.most_common(1)
+        raise UserError(f"all {len(examples)} items are too long ({most}): nothing is left; raise the limit")
+    return examples.only(~beyond.any(axis=1)), reasons
 
 
 def length_report(examples: Examples, dropped: Mapping[str, int]) -> list[str]:

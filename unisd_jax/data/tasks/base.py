@@ -21,8 +21,9 @@ class Item(NamedTuple):
 
     `question` is what is asked without the words on how to reply: what other items are shown of it, and what
     similarity is measured on. `same` tells two questions apart whatever the order of their options. `earlier` are the
-    messages before the prompt. `context` is what the teacher sees instead of the gold reply, `negative` a wrong reply;
-    both only where the data have them. `details` holds what only the task itself reads (tests, options).
+    messages before the prompt. Only where the data have them: `context` is what the teacher sees instead of the gold
+    reply, `negative` a wrong reply, `example` what other items are shown in place of the gold reply. `details` holds
+    what only the task itself reads (tests, options).
     """
 
     id: str
@@ -35,6 +36,7 @@ class Item(NamedTuple):
     same: str = ""
     earlier: tuple[Message, ...] = ()
     context: str | None = None
+    example: str | None = None
 
 
 class Source(NamedTuple):

@@ -6,6 +6,7 @@
 | `reference` | the gold reply and demonstration; `completion` is read too |
 | `answer` | what a reply is compared with; the reference if it is not given |
 | `negative` | a wrong reply, for the contrast |
+| `example` | what other items are shown as this one's good reply, in place of the reference |
 | `privileged_context` | what only the teacher sees, in place of the reference: a hint, a document, feedback |
 | `id` | any string; `line-<number>` if it is not given |
 """
@@ -32,6 +33,7 @@ def make(row: Row, position: int, form: Form) -> Item:
         question=_dialogue(earlier, prompt),
         earlier=earlier,
         context=_optional(row, "privileged_context"),
+        example=_optional(row, "example"),
         same="\n".join([*(message["content"] for message in earlier), prompt]) if earlier else "",
     )
 

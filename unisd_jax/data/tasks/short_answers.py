@@ -27,7 +27,7 @@ def embedded_path(split: str) -> Path:
 
 
 def make(row: Row, position: int, form: Form) -> Item:
-    """The item of a row with `question`, `answer` and optionally `id`.
+    """The item of a row with `question`, `answer` and optionally `id` and `example`, what other items are shown of it.
 
     Raises:
       UserError: a field is not as it should be; the message names file, line and field.
@@ -35,7 +35,8 @@ def make(row: Row, position: int, form: Form) -> Item:
     question, answer = row.text("question"), row.text("answer")
     identifier = row.text("id") if row.fields.get("id") is not None else f"line-{row.number}"
     completion = json.dumps({"answer": answer}, ensure_ascii=False)
-    return Item(identifier, f"{question} {FORM}", completion, answer, question=question)
+    example = row.optional_text("example") or None
+    return Item(identifier, f"{question} {FORM}", completion, answer, question=question, example=example)
 
 
 def grade(text: str, item: Item) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""The paper's claims in miniature: what is trained and scored for each of them, and the verdicts."""
