@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unisd_jax.claims import command, page, reliability, runs, variants, verdicts, weights
+from unisd_jax.claims import command, page, reliability, runs, variants, verdicts, weights, work
 from unisd_jax.claims.runs import METHODS, TRAINED, Finished, Run, Settings
 from unisd_jax.claims.variants import CLEAN, FREE, NOISY, WRONG, write_variants
 from unisd_jax.claims.verdicts import FAILS, HOLDS, UNDECIDED, Claim, Finding
@@ -327,6 +327,6 @@ def test_what_is_made_is_named_by_what_it_depends_on(tmp_path):
     task = command.trainings(settings)[0]
     assert task.arguments == (Run(CLEAN, "sft", 0),)
     other = settings._replace(options=("--train.steps=4",))
-    assert command._mark(settings, task) == command._mark(settings, task) != command._mark(other, task)
+    assert work.mark(settings, task) == work.mark(settings, task) != work.mark(other, task)
     few, many = (command.scorings(settings, items)[0] for items in (6, 40))
-    assert command._mark(settings, few) != command._mark(settings, many)
+    assert work.mark(settings, few) != work.mark(settings, many)

@@ -262,7 +262,8 @@ def test_overlong_error_names_the_item_and_both_ways_out(chat):
 
 
 def test_nothing_left_is_an_error(chat):
-    with pytest.raises(UserError, match=r"all 2 items are too long .student.s prompt over data\.max_prompt_length=10.: nothing is left"):
+    expected = r"all 2 items are too long .student's prompt over data\.max_prompt_length=10.: nothing is left"
+    with pytest.raises(UserError, match=expected):
         fitting(tokenized(chat, items(5, 6)), max_prompt_length=10)
 
 

@@ -152,6 +152,17 @@ def test_contexts_never_hold_the_items_own_solution(configure, chat, items, meth
         assert len({written(context) for context in contexts}) == 3
 
 
+def test_an_example_is_lent_in_place_of_the_completion_and_never_shown_to_its_own_teacher(configure, chat, items):
+    lending = [item._replace(example=f"lent by {item.id}") for item in items]
+    config = configure(*agreement("random"))
+    for item, contexts in zip(lending, context_messages(config, TASK, lending, chat, never), strict=True):
+        for context in contexts:
+            text = written(context)
+            assert text.count("lent by") == 1 and f"lent by {item.id}" not in text
+            assert not any(donor.completion in text for donor in items)
+    assert primary_messages(config, lending) == primary_messages(config, items)
+
+
 def test_induced_contexts_hold_an_instruction_and_no_solution(configure, chat, items):
     sampler = Scripted(chat, instruction)
     config = configure(*INDUCTION)

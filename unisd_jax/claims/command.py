@@ -1,20 +1,13 @@
 """The command make_claims.py: trains and scores what is not there yet, then writes the page."""
 
 import argparse
-import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +17,12 @@ from unisd_jax.claims.reliability import reliability_claims
 from unisd_jax.claims.runs import Run, Settings
 from unisd_jax.claims.teacher import target_changes
 from unisd_jax.claims.variants import CLEAN, Variant, write_variants
-from unisd_jax.claims.verdicts import context_claim, released_findings, smoothing_claim, trained_claims
+from unisd_jax.claims.verdicts import Claim, Finding, context_claim, released_findings, smoothing_claim, trained_claims
 from unisd_jax.claims.weights import Scored, gold_logps, score
+from unisd_jax.claims.work import Task, mark, work_off
 from unisd_jax.config import load_config
 from unisd_jax.errors import ConfigError, UserError, report_error
-from unisd_jax.interrupt import INTERRUPTED, Interrupted
+from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.models import local_checkpoint
 from unisd_jax.provenance import environment
@@ -49,14 +43,6 @@ SOURCES = {
 STUDENTS = ("untrained", "trained")
 
 
-class Task(NamedTuple):
-    """Something to be made, by name; `work(settings, variants, *arguments)` makes it."""
-
-    name: str
-    work: Any
-    arguments: tuple
-
-
 def main(argv: Sequence[str], repository: Path) -> int:
     """The exit status: 0 the page is written, 1 something failed, 2 bad input, 130 interrupted."""
     try:
@@ -66,11 +52,7 @@ def main(argv: Sequence[str], repository: Path) -> int:
         for run in runs.planned(settings.seeds):
             runs.configuration(run, variants, settings)  # what is wrong with an option is said before anything starts
         tasks = [*trainings(settings), *scorings(settings, options.scored)]
-        previous = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            failed = work_off(tasks, settings, variants, options.jobs)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        failed = work_off(tasks, settings, variants, options.jobs)
         if failed:
             print(f"{len(failed)} of {len(tasks)} failed; the same command makes them again", file=sys.stderr)
             return SOME_FAILED
@@ -83,10 +65,6 @@ def main(argv: Sequence[str], repository: Path) -> int:
     print(text.partition("\n## ")[0])
     print(f"\n{options.page}")
     return 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def parse(argv: Sequence[str], repository: Path) -> tuple[argparse.Namespace, Settings]:
@@ -120,7 +98,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def trainings(settings: Settings) -> list[Task]:
     """All trainings, seed after seed."""
-    return [Task(run.name, _train, (run,)) for run in runs.planned(settings.seeds)]
+    return [Task(run.name, train_one, (run,), first=True) for run in runs.planned(settings.seeds)]
 
 
 def scorings(settings: Settings, items: int) -> list[Task]:
@@ -137,100 +115,8 @@ _TOYS = ("embedded", "paraphrased")
 _TEACHERS = ("ema", "live teacher")
 
 
-def work_off(tasks: Sequence[Task], settings: Settings, variants: dict[str, Variant], jobs: int) -> list[str]:
-    """Makes what is not there yet, `jobs` at a time; the names of what failed."""
-    waiting = [task for task in tasks if not _mark(settings, task).exists()]
-    print(f"{len(tasks) - len(waiting)} of {len(tasks)} are there already", flush=True)
-    # What reads a training's files comes after all trainings.
-    first = [task for task in waiting if task.work is _train]
-    failed: list[str] = []
-    context, started, done = multiprocessing.get_context("spawn"), time.monotonic(), 0
-    cores = context.Queue()
-    for core in range(jobs):
-        cores.put(core)
-    with ProcessPoolExecutor(jobs, context, _take_core, (cores, jobs)) as pool:
-        try:
-            for part in (first, [task for task in waiting if task.work is not _train]):
-                left: dict[Future, Task] = {pool.submit(_run, task, settings, variants): task for task in part}
-                while left:
-                    for future in wait(left, return_when=FIRST_COMPLETED).done:
-                        task = left.pop(future)
-                        done += 1
-                        line, passed = _said(task, future, settings)
-                        failed += [] if passed else [task.name]
-                        to_go = (time.monotonic() - started) / done * (len(waiting) - done) / 60
-                        print(f"[{done}/{len(waiting)}] {line}; about {to_go:.0f} min to go", flush=True)
-                if failed:
-                    break
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGINT)  # from a terminal they have it already; a training saves
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return failed
-
-
-def _said(task: Task, future: Future, settings: Settings) -> tuple[str, bool]:
-    error = future.exception()
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        raise KeyboardInterrupt
-    if error is None:
-        return f"{task.name}: {future.result():.0f} s", True
-    return f"{task.name} FAILED: {error} (see {_log(settings, task)})", False
-
-
-def _take_core(cores, jobs: int) -> None:
-    """Each worker has a core of its own, so that times can be compared, and ends with the command."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it waits for work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    core = cores.get()
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 1 < jobs <= len(allowed):
-        os.sched_setaffinity(0, {allowed[core]})
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _run(task: Task, settings: Settings, variants: dict[str, Variant]) -> float:
-    """Makes one thing with what it says in a log, and marks it as made; its seconds."""
-    started, log = time.monotonic(), _log(settings, task)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            found = task.work(settings, variants, *task.arguments)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    seconds = time.monotonic() - started
-    write_json_atomic(_mark(settings, task), {"seconds": seconds, "found": found})
-    return seconds
-
-
-def _mark(settings: Settings, task: Task) -> Path:
-    """Where it is written that something is made, and what came out: named by all that it depends on."""
-    own = [
-        settings.config.read_text(encoding="utf-8"),
-        settings.model,
-        settings.options,
-        task.name,
-        task.arguments[1:-1],
-    ]
-    key = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
-    return settings.out / "made" / f"{_word(task.name)}-{key}.json"
-
-
-def _log(settings: Settings, task: Task) -> Path:
-    return settings.out / "logs" / f"{_word(task.name)}.txt"
-
-
-def _word(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "_").replace("=", "")
-
-
-def _train(settings: Settings, variants: dict[str, Variant], run: Run) -> None:
+def train_one(settings: Settings, variants: dict[str, Variant], run: Run) -> None:
+    """One training, or what is left of it."""
     train.run(runs.configuration(run, variants, settings))
 
 
@@ -257,7 +143,7 @@ def _targets(settings: Settings, variants: dict[str, Variant], seed: int, method
 def write(settings: Settings, variants: dict[str, Variant], options: argparse.Namespace) -> str:
     """Writes the page, and the same as JSON beside the runs; the page's text."""
     tasks = [*trainings(settings), *scorings(settings, options.scored)]
-    made = {task.name: json.loads(_mark(settings, task).read_text()) for task in tasks}
+    made = {task.name: json.loads(mark(settings, task).read_text()) for task in tasks}
     found: dict[str, dict[str, list]] = {}
     for run in runs.planned(settings.seeds):
         found.setdefault(run.variant, {}).setdefault(run.method, []).append(runs.read(run, settings))
@@ -279,9 +165,18 @@ def write(settings: Settings, variants: dict[str, Variant], options: argparse.Na
     released = released_findings(found)
     text = page.write_page(claims, released, found, variants, _facts(settings, options, found, seconds))
     write_text_atomic(options.page, text)
-    record = {"claims": [[claim._asdict() | {"verdict": claim.verdict}] for claim in claims], "released": released}
+    record = {"claims": [_plain(claim) | {"findings": list(map(_plain, claim.findings))} for claim in claims]}
+    record |= {"released": list(map(_plain, released))}
     write_json_atomic(settings.out / "claims.json", record | environment())
     return text
+
+
+def _plain(found: Claim | Finding) -> dict[str, Any]:
+    """As JSON; an end that is not known is null."""
+    fields = found._asdict() | {"verdict": found.verdict}
+    if isinstance(found, Finding):
+        fields["interval"] = [end if np.isfinite(end) else None for end in found.interval]
+    return fields
 
 
 def _scored(found: dict[str, Any]) -> Scored:
