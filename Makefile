@@ -51,7 +51,7 @@ quickstart: $(VENV)/.installed-quickstart
 
 claims: $(VENV)/.installed-quickstart
 	$(python) scripts/prepare_smollm2.py --out models/smollm2-135m-instruct
-	$(python) scripts/make_claims.py $(CLAIMS_ARGS)
+	$(python) scripts/make_claims.py --page docs/claims.md $(CLAIMS_ARGS)
 
 test: $(VENV)/.installed-dev
 	@mkdir -p .cache

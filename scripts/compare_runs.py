@@ -49,7 +49,7 @@ def _fraction(text: str) -> float:
 
 def _column(name: str, result: dict[str, Any]) -> dict[str, str]:
     after = result.get("after_metrics") or {}
-    total = (result["seconds"] or {}).get("total")
+    seconds = (result["seconds"] or {}).get("training")
     return {
         "run": name,
         "mode": str(result["mode"]),
@@ -61,7 +61,7 @@ def _column(name: str, result: dict[str, Any]) -> dict[str, str]:
         "contains after": percent(after.get("contains")),
         "gold log-prob after": _number(after.get("gold_logprob"), ".3f"),
         "drift (nats)": _number(result.get("drift"), ".4f"),
-        "minutes": _number(None if total is None else total / 60, ".1f"),
+        "minutes of training": _number(None if seconds is None else seconds / 60, ".1f"),
     }
 
 

@@ -74,9 +74,6 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     files = _read(paths, (), Variants(_VARIANTS))
-    for place, path in enumerate(paths):
-        if any(path.samefile(other) for other in paths[:place]):
-            raise ConfigError(f"the configuration file {show(str(path))} is given twice; leave one of them out")
     tree = _merged(files, overrides)
     conform(Config, _steps_counted(tree), Config)  # an unknown name is an error of its own, before it is looked for
     if chosen := _chosen_variants(tree, files):
@@ -131,6 +128,11 @@ def _read(paths: Sequence[Path], overrides: Sequence[str], variants: Variants) -
     done: set[Path] = set()
     tree: dict[str, Any] = {}
     for path in paths:
+        if path.resolve() in done:
+            raise ConfigError(
+                f"the configuration file {show(str(path))} is given twice, or inherited by one before it: it would change "
+                "nothing; leave it out"
+            )
         tree = deep_merge(tree, read_tree(path, variants, done=done))
     return _merged(tree, overrides)
 

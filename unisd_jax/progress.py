@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from unisd_jax.errors import ConfigError
 from unisd_jax.eval import summary
 from unisd_jax.eval.retention import base_replies, drift
 from unisd_jax.eval.runner import Evaluation
@@ -92,7 +93,12 @@ def evaluate_before(experiment: Experiment, run_dir: Path, phase: Phase) -> Eval
 def _shared_evaluation(experiment: Experiment, phase: Phase) -> Evaluation:
     """The base model's evaluation, read back where a run with the same weights, items and graders has made it."""
     base = base_subject(experiment)
-    identity = result_identity(experiment, base, None) | {"stop": experiment.config.rollout.stop}
+    try:
+        identity = result_identity(experiment, base, None)
+    except ConfigError:  # items of a task of the user's own that cannot be told from others
+        return _evaluate_start(experiment, base.network.params, phase)
+    # Greedy: the seed changes nothing.
+    identity |= {"seed": None, "stop": experiment.config.rollout.stop}
     with kept(experiment.config, "starting_points", identity, 1) as (known, add):
         if 0 not in known:
             known[0] = _evaluate_start(experiment, base.network.params, phase)._asdict()

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unisd_jax.claims import command, page, reliability, runs, variants, verdicts, weights, work
-from unisd_jax.claims.runs import METHODS, TRAINED, Finished, Run, Settings
+from unisd_jax.claims import command, findings, page, reliability, runs, variants, verdicts, weights, work
+from unisd_jax.claims.findings import FAILS, HOLDS, UNDECIDED, Claim, Finding
+from unisd_jax.claims.runs import METHODS, TRAINED, Finished, Settings
+from unisd_jax.claims.teacher import Targets
 from unisd_jax.claims.variants import CLEAN, FREE, NOISY, WRONG, write_variants
-from unisd_jax.claims.verdicts import FAILS, HOLDS, UNDECIDED, Claim, Finding
 from unisd_jax.data.tasks import get_task
 from unisd_jax.eval.statistics import Interval
 from unisd_jax.teacher.contexts import nearest_donors
@@ -100,7 +101,8 @@ def test_every_run_has_a_configuration_of_its_own(tmp_path):
     assert (ours.objective.normalize, theirs.objective.normalize) == ("batch", "upstream")
     assert ours.teacher.ema_adapters and not theirs.teacher.ema_adapters
     assert by_method["live teacher"].teacher.ema_decay == 0 and by_method["ema"].teacher.ema_decay == 0.9
-    assert sum(not METHODS[run.method].evaluated for run in planned) == 1
+    cancelled = by_method["unisd_star, weights cancelled"]
+    assert cancelled.teacher.ema_adapters and cancelled.objective == theirs.objective
 
 
 # --- Statistics ---
@@ -155,16 +157,16 @@ def test_reliability_holds_where_noise_shows_and_not_where_it_does_not():
 def test_resampling_whole_items_is_wider_than_token_by_token():
     random = np.random.default_rng(0)
     values = np.repeat(random.standard_normal(50), 20)
-    clustered = verdicts.resampled(lambda places: values[places].mean(), np.repeat(np.arange(50), 20))
-    apart = verdicts.resampled(lambda places: values[places].mean(), np.arange(1000))
+    clustered = findings.resampled(lambda places: values[places].mean(), np.repeat(np.arange(50), 20))
+    apart = findings.resampled(lambda places: values[places].mean(), np.arange(1000))
     assert clustered.mean == pytest.approx(values.mean()) == pytest.approx(apart.mean)
     assert clustered.high - clustered.low > 3 * (apart.high - apart.low)
 
 
 def test_student_s_interval_over_seeds():
-    found = verdicts.student_interval([1.0, 2.0, 3.0])
+    found = findings.student_interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.high - found.mean == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
-    assert np.isnan(verdicts.student_interval([1.0]).low)
+    assert np.isnan(findings.student_interval([1.0]).low)
 
 
 @pytest.mark.parametrize(
@@ -189,52 +191,51 @@ def test_a_claim_holds_only_with_all_its_parts():
 # --- Verdicts on invented runs ---
 
 
-def finished(method, seed, *, exact, drift, fit, seconds):
+def finished(method, seed, *, exact, drift, fit):
     random = np.random.default_rng([seed, len(method)])
-    history = [
-        {
-            "seconds_compiling": 1.0 if step < 2 else 0.0,
-            "seconds_step": seconds * np.exp(0.02 * random.standard_normal()),
-        }
-        | {"clip_share": 0.1, "teacher_motion": 0.01}
-        for step in range(8)
-    ]
-    details = {"drift": drift + 1e-4 * seed, "items": 60, "device": "a device", "commit": "abc", "versions": {}}
+    history = [{"clip_share": 0.1, "teacher_motion": 0.01, "agreement_effective_share": 0.9}] * 6
+    details = {"drift": drift + 1e-4 * seed}
     grades = [{"exact": float(random.random() < exact), "gold": 0.0} for _ in range(60)]
-    before = {"grades": [{"exact": 0.0, "gold": 0.0}] * 60, "means": {"gold_logprob": -2.0}}
-    after = {"grades": grades, "means": {"gold_logprob": -fit - 1e-3 * seed}}
+    before = {"grades": [{"exact": 0.0, "gold": 0.0}] * 60, "means": {"gold_logprob": -2.0, "truncated_share": 0.4}}
+    after = {"grades": grades, "means": {"gold_logprob": -fit - 1e-3 * seed, "truncated_share": 0.0}}
     return Finished(types.SimpleNamespace(history=history, details=details), before, after)
 
 
-def invented(**changes):
-    """As the paper has it, but for `changes` of a method in the clean variant."""
+def invented(variant=CLEAN, **changes):
+    """As the paper has it, but for `changes` of a method in one variant."""
     usual = {
-        "sft": dict(exact=0.3, drift=0.06, fit=0.5, seconds=1.0),
-        "match_joint": dict(exact=0.7, drift=0.05, fit=0.6, seconds=2.2),
-        "match_repr": dict(exact=0.6, drift=0.05, fit=0.9, seconds=2.2),
-        "clip": dict(exact=0.5, drift=0.02, fit=1.0, seconds=1.9),
-        "ema": dict(exact=0.8, drift=0.05, fit=0.7, seconds=2.2),
-        "agreement_tok": dict(exact=0.7, drift=0.04, fit=0.7, seconds=4.0),
-        "unisd_star": dict(exact=0.8, drift=0.04, fit=0.7, seconds=6.0),
-        "agreement_tok, K = 6": dict(exact=0.8, drift=0.04, fit=0.7, seconds=7.0),
+        "sft": dict(exact=0.3, drift=0.06, fit=0.5),
+        "match_joint": dict(exact=0.7, drift=0.05, fit=0.6),
+        "match_repr": dict(exact=0.6, drift=0.05, fit=0.9),
+        "clip": dict(exact=0.5, drift=0.02, fit=1.0),
+        "ema": dict(exact=0.8, drift=0.05, fit=0.7),
     }
-    rest = dict(exact=0.7, drift=0.04, fit=0.7, seconds=2.0)
+    rest = dict(exact=0.7, drift=0.04, fit=0.7)
     found = {}
-    for variant, methods in TRAINED.items():
-        found[variant] = {}
+    for name, methods in TRAINED.items():
+        found[name] = {}
         for method in methods:
-            values = usual.get(method, rest) | (changes.get(method, {}) if variant == CLEAN else {})
-            if variant == FREE and method == "sft":
+            values = usual.get(method, rest) | (changes.get(method, {}) if name == variant else {})
+            if name == FREE and method == "sft":
                 values |= {"exact": 0.0}
-            found[variant][method] = [finished(method, seed, **values) for seed in range(3)]
+            found[name][method] = [finished(method, seed, **values) for seed in range(3)]
     for run in found[FREE]["sft"] + found[FREE]["plain"]:
-        for grade in run.before["grades"]:
-            grade["exact"] = 1.0
+        run.before["grades"] = [{"exact": 1.0, "gold": 0.0}] * 60
     return found
 
 
-def by_number(found):
-    return {claim.number: claim.verdict for claim in verdicts.trained_claims(found)}
+def took(**changes):
+    """Seconds of an update in four rounds, of which the third is twice as slow for all methods."""
+    usual = {"sft": 1.0, "plain": 2.0, "ema": 2.2, "clip": 1.9, "match_repr": 2.1, "match_joint": 2.3}
+    usual |= {"agreement_tok": 4.0, "unisd_star": 6.0, runs.MORE_VIEWS: 7.0} | changes
+    slow = np.array([1.0, 1.01, 2.0, 0.99])
+    random = np.random.default_rng(0)
+    return {name: seconds * slow * np.exp(0.01 * random.standard_normal(4)) for name, seconds in usual.items()}
+
+
+def by_number(found, **seconds):
+    claims = [*verdicts.trained_claims(found), *verdicts.cost_claims(found, took(**seconds))]
+    return {claim.number: claim.verdict for claim in claims}
 
 
 def test_the_paper_s_world_has_the_paper_s_verdicts():
@@ -243,22 +244,44 @@ def test_the_paper_s_world_has_the_paper_s_verdicts():
 
 
 @pytest.mark.parametrize(
-    ("number", "changes"),
+    ("number", "changes", "seconds"),
     [
-        ("1", {"sft": {"exact": 1.0}}), ("3", {"sft": {"drift": 0.001}}), ("4", {"ema": {"fit": 2.5}}),
-        ("5", {"match_joint": {"fit": 1.5}}), ("6", {"clip": {"drift": 0.2}}), ("9", {"unisd_star": {"seconds": 1.0}}),
+        ("1", {"sft": {"exact": 1.0}}, {}), ("2", {"sft": {"exact": 0.0}}, {}), ("3", {"sft": {"drift": 0.001}}, {}),
+        ("4", {"ema": {"fit": 2.5}}, {}), ("5", {"match_joint": {"fit": 1.5}}, {}), ("6", {"clip": {"drift": 0.2}}, {}),
+        ("6", {}, {"clip": 3.0}), ("9", {}, {"unisd_star": 3.0}), ("9", {}, {runs.MORE_VIEWS: 3.9}),
     ],
 )  # fmt: skip
-def test_another_world_has_another_verdict(number, changes):
-    assert by_number(invented(**changes))[number] == FAILS
+def test_another_world_has_another_verdict(number, changes, seconds):
+    assert by_number(invented(**changes), **seconds)[number] == (UNDECIDED if number == "2" else FAILS)
 
 
-def test_smoothing_is_a_ratio_of_the_targets_changes():
-    changes = {"ema": [np.full(8, 0.1 + 0.001 * seed) for seed in range(3)], "live teacher": [np.full(8, 1.0)] * 3}
-    claim = verdicts.smoothing_claim(invented(), changes)
-    assert claim.verdict == HOLDS and claim.findings[0].interval.mean == pytest.approx(0.1, rel=0.02)
-    turned = {"ema": changes["live teacher"], "live teacher": changes["ema"]}
+def test_a_slow_round_is_slow_for_all():
+    found = findings.time_ratio(took()["agreement_tok"], took()["plain"])
+    assert found.mean == pytest.approx(2, rel=0.05) and 1.9 < found.low < found.high < 2.1
+
+
+def test_protection_is_more_help_with_wrong_demonstrations_than_with_right_ones():
+    """Help that is the same in both is no protection."""
+    everywhere = invented(agreement_tok={"exact": 1.0}) | {WRONG: invented(WRONG, agreement_tok={"exact": 1.0})[WRONG]}
+    only_there = invented() | {WRONG: invented(WRONG, agreement_tok={"exact": 1.0})[WRONG]}
+
+    def first(found):
+        return next(claim for claim in verdicts.trained_claims(found) if claim.number[:2] == "15").findings[0]
+
+    assert first(only_there).verdict == HOLDS and first(only_there).interval.mean > 20
+    assert abs(first(everywhere).interval.mean) < 15 and first(everywhere).verdict != HOLDS
+
+
+def test_smoothing_is_the_targets_path_by_how_far_they_got():
+    winding, straight = Targets([1.0] * 6, 1.0), Targets([0.1] * 6, 0.6)
+    targets = {"ema": [straight._replace(net=0.6 - 0.001 * seed) for seed in range(3)], "live teacher": [winding] * 3}
+    claim = verdicts.smoothing_claim(invented(), targets)
+    assert claim.verdict == HOLDS and claim.findings[0].interval.mean == pytest.approx(1 / 6, rel=0.02)
+    turned = {"ema": targets["live teacher"], "live teacher": targets["ema"]}
     assert verdicts.smoothing_claim(invented(), turned).verdict == FAILS
+    # Smaller steps alone, from lag, are not smoothness.
+    lag = {"ema": [Targets([0.1] * 6, 0.1 + 1e-5 * seed) for seed in range(3)], "live teacher": [winding] * 3}
+    assert verdicts.smoothing_claim(invented(), lag).verdict == UNDECIDED
 
 
 def test_contexts_are_compared_item_by_item():
@@ -275,8 +298,15 @@ def test_contexts_are_compared_item_by_item():
 
 
 def test_two_arithmetics_differ_only_where_an_interval_says_so():
-    assert not verdicts.differs([Finding("x", Interval(1, -1, 3), "points"), Finding("y", Interval(1, 1, 1), "share")])
-    assert verdicts.differs([Finding("x", Interval(2, 1, 3), "points")])
+    same, other = Finding("x", Interval(1, -1, 3), "points"), Finding("z", Interval(2, 1, 3), "nats")
+    assert verdicts.different([same, Finding("y", Interval(1, 1, 1), "share")]) == []
+    assert verdicts.different([same, other]) == ["z"]
+
+
+def test_every_part_of_the_release_s_arithmetic_is_told_apart():
+    found = verdicts.released_findings(invented(**{"unisd_star, weights cancelled": {"drift": 0.09}}))
+    apart = verdicts.different(found)
+    assert "drift, the weights' part, ours - cancelled" in apart and "drift, ours - the release's" not in apart
 
 
 # --- The page and the command ---
@@ -284,21 +314,18 @@ def test_two_arithmetics_differ_only_where_an_interval_says_so():
 
 def test_the_page_has_every_claim_with_its_numbers():
     found = invented()
-    claims = verdicts.trained_claims(found)
+    claims = [*verdicts.trained_claims(found), *verdicts.cost_claims(found, took())]
     facts = dict(
         model="m", steps=8, batch=8, items=60, seeds="0, 1, 2", count=3, device="a device", versions="jax 1",
         commit="abc", date="2026-01-01", minutes=50, jobs=2,
     )  # fmt: skip
-    text = page.write_page(claims, verdicts.released_findings(found), found, write_nothing(), facts)
+    about = {CLEAN: variants.Variant((), "as it is")}
+    text = page.write_page(claims, verdicts.released_findings(found), found, about, took(), facts)
     for claim in claims:
         assert f"| {claim.number} | {claim.text} | **{claim.verdict}** |" in text
         assert all(page.show(finding.interval, finding.unit) in text for finding in claim.findings)
-    assert "nan" not in text and "{" not in text and "No difference can be seen." in text
-    assert "| clean | sft | 3 | 0.0 |" in text
-
-
-def write_nothing():
-    return {CLEAN: variants.Variant((), "as it is")}
+    assert "nan" not in text and "{" not in text and "Every interval of a difference has zero in it." in text
+    assert "| clean | sft | 0.0 |" in text and "| agreement_tok | 4.04 | 2.01 |" in text
 
 
 def test_an_interval_is_shown_in_its_unit():
@@ -309,7 +336,8 @@ def test_an_interval_is_shown_in_its_unit():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--seeds", "0"], "at least two different"), (["--jobs", "0"], "--jobs 0"), (["train"], "not understood"),
+        (["--seeds", "0"], "at least two"), (["--seeds", "1,1"], "all different"), (["--seeds", "a"], "--seeds"),
+        (["--jobs", "0"], "--jobs is 0"), (["train"], "not understood"), (["--scored", "1000"], "at most"),
         (["--train.steps"], "not understood"), (["--model", "nowhere/at-all/x"], "model.path"),
         (["--model", "MODEL", "--train.stepz=1"], "train.stepz"),
     ],
@@ -322,11 +350,41 @@ def test_bad_words_are_one_line(words, said, tmp_path, capsys):
     assert len(lines) == 1 and said in lines[0], lines
 
 
-def test_what_is_made_is_named_by_what_it_depends_on(tmp_path):
-    settings = Settings(tmp_path, REPOSITORY / "configs" / "claims.yaml", tmp_path, "m", (0, 1))
-    task = command.trainings(settings)[0]
-    assert task.arguments == (Run(CLEAN, "sft", 0),)
-    other = settings._replace(options=("--train.steps=4",))
-    assert work.mark(settings, task) == work.mark(settings, task) != work.mark(other, task)
-    few, many = (command.scorings(settings, items)[0] for items in (6, 40))
-    assert work.mark(settings, few) != work.mark(settings, many)
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """`plan(*words)` is {name: mark} of all that would be made, for a model whose weights have the hash `weights`."""
+    monkeypatch.setattr(command, "weights_hash", lambda checkpoint, cache: plan.weights)
+    plan.weights = "one"
+
+    def planned(*words):
+        options, settings = command.parse([*words, "--out", str(tmp_path), "--model", "m"], REPOSITORY)
+        found = write_variants(tmp_path / "data", rate=0.4)
+        tasks = command.planned_tasks(settings, found, options, tmp_path)
+        return {task.name: work.mark(settings, task) for task in tasks}
+
+    planned.parts = plan
+    return planned
+
+
+def test_what_is_made_is_named_by_what_it_depends_on(plan, monkeypatch):
+    usual = plan()
+    assert usual == plan() and len(set(usual.values())) == len(usual)
+    steps, scored = plan("--train.steps=4"), plan("--scored", "6")
+    assert not set(usual.values()) & set(steps.values())
+    assert {name for name in usual if usual[name] != scored[name]} == {name for name in usual if "seed" not in name} | {
+        name for name in usual if name.split(",")[0] in ("weights", "contexts", "targets")
+    }
+    monkeypatch.setitem(METHODS, "clip", METHODS["clip"]._replace(options=("--objective.clip.token_clip=3.0",)))
+    assert {name for name in usual if usual[name] != plan()[name]} == {f"clean, clip, seed {n}" for n in range(3)}
+    plan.parts.weights = "two"
+    assert not set(usual.values()) & set(plan().values())
+
+
+def test_a_run_without_its_result_is_made_again(tmp_path):
+    settings = Settings(tmp_path, tmp_path, tmp_path, "m", (0, 1))
+    task = work.Task("x", None, (), "", output=tmp_path / "result.json")
+    work.mark(settings, task).parent.mkdir()
+    work.mark(settings, task).touch()
+    assert not work.is_made(settings, task)
+    task.output.touch()
+    assert work.is_made(settings, task)

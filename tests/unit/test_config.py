@@ -787,7 +787,7 @@ def test_command_line(minimal):
         (["--config"], "--config needs a file"),
         (["--config="], "--config needs a file"),
         (["--config", "--dry-run"], "--config needs a file"),
-        (["--config", "FILE", "--config", "FILE"], "is given twice; leave one of them out"),
+        (["--config", "FILE", "--config", "FILE"], "is given twice, or inherited by one before it"),
         (["--config", "FILE", "--config"], "--config needs a file"),
         (["--config", "FILE", "--config", "nowhere.yaml"], 'cannot read configuration file "nowhere.yaml"'),
         (["--config", "FILE", "--train.steps", "3"], "--train.steps needs its value after an equals sign"),

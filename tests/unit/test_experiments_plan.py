@@ -292,7 +292,10 @@ def test_a_result_that_was_deleted_is_made_again(planned):
         (["ema", "--devices=7"], "names GPU 7, but this machine shows"),
         (["ema", "--config=missing.yaml"], "--config missing.yaml is not a file"),
         (["ema", f"--config={PROGRAM}", "--config=missing.yaml"], "--config missing.yaml is not a file"),
-        (["ema", *[f"--config={REPOSITORY / 'configs' / 'base.yaml'}"] * 2], "is given twice; leave one of them out"),
+        (
+            ["ema", *[f"--config={REPOSITORY / 'configs' / 'base.yaml'}"] * 2],
+            "is given twice, or inherited by one before it",
+        ),
         (["ema", "--teacher.ema=false"], 'ema: mode "ema" needs ema'),
         (["sensitivity", "--objective.agreement.gamma_agreement=1"], "sensitivity sets objective.agreement.gamma"),
         (["ema", "--memory-gib=0"], "--memory-gib is 0.0"),

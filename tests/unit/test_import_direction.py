@@ -35,7 +35,7 @@ ALLOWED = {
     "markdown": set(),
     "report": MACHINERY | {"metrics", "markdown", "resources"},
     "experiments": BASE | {"config", "data", "models", "interrupt", "metrics"},
-    "claims": PARTS | {"experiment", "interrupt", "results", "train"},
+    "claims": PARTS | {"experiment", "interrupt", "programs", "results", "sampling_ahead", "train"},
     "overview": BASE | {"config", "eval", "markdown", "metrics", "report"},
     "head_pass": MACHINERY | {"teacher"},
     "step": MACHINERY | {"teacher", "parallel", "head_pass"},

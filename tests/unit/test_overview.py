@@ -1,5 +1,6 @@
 """The report on many runs: what it averages and what not, from run directories that the test makes."""
 
+import fcntl
 import functools
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import yaml
 from unisd_jax.config import load_config, to_dict
 from unisd_jax.errors import UserError
 from unisd_jax.eval.statistics import paired_bootstrap, paired_seeds_interval, seeds_interval, wilson_interval
+from unisd_jax.experiments.state import Manifest
 from unisd_jax.overview import details, tables
 from unisd_jax.overview.blocks import Cell, Charts, Table
 from unisd_jax.overview.groups import Study, group
@@ -58,8 +60,15 @@ def config_text(mode: str, overrides: tuple[str, ...]) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def make_run(folder: Path, mode="ema", seed=0, *, overrides=(), leave_out=(), steps=20, after=0.5, **changes) -> Path:
-    """A finished run directory, without the files in `leave_out`, with `changes` to its result."""
+def make_run(
+    folder: Path, mode="ema", seed=0, *, overrides=(), leave_out=(), steps=20, after=0.5, graded=None, **changes
+) -> Path:
+    """A finished run directory, without the files in `leave_out`, with `changes` to its result.
+
+    Where `graded` has the grades after training, it keeps these and those before, which are BASE.
+    """
+    if graded is not None:
+        after, changes = float(np.mean(graded)), {"before": float(BASE.mean())} | changes
     random = np.random.default_rng((seed, *mode.encode()))
     folder.mkdir(parents=True)
     decay = (0.2 + random.random()) * np.exp(-np.arange(1, steps + 1) / (steps / 3)) + random.normal(0, 0.03, steps)
@@ -83,10 +92,18 @@ def make_run(folder: Path, mode="ema", seed=0, *, overrides=(), leave_out=(), st
         "result.json": json.dumps(result),
         "samples.jsonl": json.dumps(sample) + "\n",
     }
+    if graded is not None:
+        files |= {"before.json": evaluation(BASE), "after.json": evaluation(graded)}
     for name, text in files.items():
         if name not in leave_out:
             (folder / name).write_text(text)
     return folder
+
+
+def evaluation(own) -> str:
+    """What before.json and after.json hold of these grades."""
+    found = {"replies": ["?"] * len(own), "grades": [{"exact": float(right), "form": 1.0} for right in own]}
+    return json.dumps(found | {"means": {"exact": float(np.mean(own))}, "reply_tokens": [1] * len(own)})
 
 
 def grades(seed: int, share: float, items: int = N) -> np.ndarray:
@@ -209,6 +226,68 @@ def test_seeds_and_items_are_resampled_together_where_grades_are_there(tmp_path)
     assert row[3] == Cell(f"{mean:+.1f}", (f"[{low:+.1f}, {high:+.1f}]", f"3 × {N}, s+i"))
 
 
+def graded_runs(folder: Path, mode="ema", share=0.4, seeds=3, **options) -> list[Path]:
+    """Trainings that have kept the grades of their test items."""
+    makes = ((seed, grades(seed, share)) for seed in range(seeds))
+    return [make_run(folder / f"{mode}-{seed}", mode, seed, graded=own, **options) for seed, own in makes]
+
+
+def test_seeds_and_items_of_trainings_are_resampled_together(tmp_path):
+    graded_runs(tmp_path)
+    own, study = np.stack([grades(seed, 0.4) for seed in range(3)]), study_of(tmp_path)
+    rows = cells(table_of(tables.results(study), "Exact match"))
+    mean, interval = shown(*seeds_interval(own))
+    assert (rows["ema"][0].text, rows["ema"][0].notes) == (mean, (interval, f"3 × {N}, s+i"))
+    assert rows["base model"][0].notes == (shown(*wilson_interval(int(BASE.sum()), N))[1], f"1 × {N}, i")
+    gain = cells(table_of(tables.gains(study), "Before and after"))["ema"][3]
+    mean, low, high = (100 * value for value in paired_seeds_interval(BASE[None], own))
+    assert gain == Cell(f"{mean:+.1f}", (f"[{low:+.1f}, {high:+.1f}]", f"3 × {N}, s+i"))
+    assert warned(study) == ""
+
+
+def test_one_training_without_grades_leaves_an_interval_over_seeds(tmp_path):
+    (graded_runs(tmp_path)[1] / "after.json").unlink()
+    study = study_of(tmp_path)
+    assert cells(table_of(tables.results(study), "Exact match"))["ema"][0].notes[1] == f"3 × {N}, s"
+    assert warned(study) == ""  # an earlier version, no damage
+
+
+def test_grades_that_are_all_alike_have_no_interval(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / f"ema-{seed}", seed=seed, graded=np.zeros(N))
+    row = cells(table_of(tables.results(study_of(tmp_path)), "Exact match"))["ema"]
+    assert row[0] == Cell("0.0", (f"3 × {N}, no interval",))
+
+
+DAMAGED_GRADES = {
+    b"": "not JSON",
+    b"[1, 2]": "a JSON list, expected an object",
+    b'{"grades": 3}': f"0 graded items of 0, expected {N}",
+    evaluation(BASE[1:]).encode(): f"{N - 1} graded items of {N - 1}, expected {N}",
+    evaluation(BASE).replace("0.0", "NaN", 1).encode(): f"{N - 1} graded items of {N}, expected {N}",
+    evaluation(BASE).replace('{"exact": 0.0, "form": 1.0}', "[]", 1).encode(): f"{N - 1} graded items of {N}",
+    evaluation(1 - BASE).encode(): f"a mean of {1 - BASE.mean():.4f}, but the result says",
+}
+
+
+@pytest.mark.parametrize("name", ["before.json", "after.json"])
+@pytest.mark.parametrize("content", DAMAGED_GRADES)
+def test_damaged_grades_are_named_and_not_used(tmp_path, name, content):
+    damaged = graded_runs(tmp_path)[1] / name
+    damaged.write_bytes(content)
+    study = study_of(tmp_path)
+    row = cells(table_of(tables.results(study), "Exact match"))["ema"]
+    assert row[0].notes[1] == f"3 × {N}, s"
+    assert f"{damaged}: {DAMAGED_GRADES[content]}" in warned(study) and len(study.problems) == 1
+
+
+def test_grades_after_training_need_those_before(tmp_path):
+    (graded_runs(tmp_path)[1] / "before.json").unlink()
+    study = study_of(tmp_path)
+    assert cells(table_of(tables.results(study), "Exact match"))["ema"][0].notes[1] == f"3 × {N}, s"
+    assert f"before.json: 0 graded items of 0, expected {N}" in warned(study)
+
+
 def test_without_grades_the_interval_is_over_seeds_and_says_so(tmp_path):
     for seed, after in enumerate((0.5, 0.55, 0.6)):
         make_run(tmp_path / f"ema-{seed}", seed=seed, after=after)
@@ -283,6 +362,28 @@ def test_best_without_grades_needs_seeds_on_both_sides(tmp_path):
     assert best(study_of(tmp_path)) == []
     make_run(tmp_path / "sft-1", "sft", 1, after=0.31)
     assert best(study_of(tmp_path)) == ["ema"]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, ["ema"]),
+        ({"overrides": ("--data.train_limit=5", "--data.shuffle=false")}, ["ema"]),
+        ({"overrides": ("--data.source=hub",)}, []),  # may be other items
+    ],
+)
+def test_trainings_of_one_seed_are_compared_by_items_where_these_are_the_same(tmp_path, options, found):
+    graded_runs(tmp_path, "ema", 0.9, seeds=1)
+    graded_runs(tmp_path, "sft", 0.4, seeds=1, **options)
+    study = study_of(tmp_path)
+    assert len(study.columns) == 1 and best(study) == found
+
+
+def test_trainings_of_unknown_settings_are_not_compared_by_items(tmp_path):
+    graded_runs(tmp_path, "ema", 0.9, seeds=1, leave_out=("config.yaml",))
+    graded_runs(tmp_path, "sft", 0.4, seeds=1, leave_out=("config.yaml",))
+    study = study_of(tmp_path)
+    assert len(study.columns) == 1 and best(study) == []
 
 
 # --- What is not averaged ---
@@ -381,6 +482,70 @@ def test_unfinished_runs_are_listed_with_what_they_lack(demo):
     assert told["ema-0"] == ("finished", "nothing")
 
 
+LOG = "failed, see `{folder}/jobs/ema/log.txt`"
+STOPPED = "stopped, no process here holds its lock"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "files", "told"),
+    [
+        ("failed", ("log.txt",), LOG),
+        ("failed", (), "failed"),
+        ("running", (), "running"),
+        ("running", ("lock",), STOPPED),
+        ("runs elsewhere", ("lock",), STOPPED),
+        ("interrupted", ("lock",), "stopped"),
+        ("waiting", (), "waiting"),
+        ("not run", (), "not run"),
+    ],
+)
+def test_an_unfinished_run_of_a_sweep_is_told_with_its_state(tmp_path, recorded, files, told):
+    make_run(tmp_path / "ema", leave_out=("result.json",), steps=12)
+    (tmp_path / "jobs" / "ema").mkdir(parents=True)
+    for name in files:
+        (tmp_path / "jobs" / "ema" / name).touch()
+    Manifest(tmp_path).update("ema", state=recorded)
+    study = study_of(tmp_path)
+    row = cells(table_of(details.directories(study), "Every run directory"))["ema"]
+    assert row[3].text == f"unfinished: 12 of 20 steps; {told.format(folder=tmp_path)}"
+    (warning,) = [block.text for block in report(study) if getattr(block, "warning", False)]
+    assert warning.startswith(f"Unfinished runs: 1{', 1 of them failed' * (recorded == 'failed')}.")
+
+
+def test_a_run_whose_lock_is_held_is_running(tmp_path, monkeypatch):
+    make_run(tmp_path / "ema", leave_out=("result.json",), steps=12)
+    (tmp_path / "jobs" / "ema").mkdir(parents=True)
+    Manifest(tmp_path).update("ema", state="running")
+    monkeypatch.chdir(tmp_path / "ema")  # without a name, its sweep is found as well
+    with open(tmp_path / "jobs" / "ema" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (run,) = study_of(Path()).runs
+    assert details.state(run) == "unfinished: 12 of 20 steps; running"
+    assert [run.job for run in study_of(Path()).runs] == [STOPPED]
+
+
+def test_a_finished_run_is_finished_whatever_its_sweep_says(tmp_path):
+    folder = make_run(tmp_path / "ema")
+    Manifest(tmp_path).update("ema", state="failed")
+    assert [(details.state(run), run.job) for run in study_of(folder).runs] == [("finished", "")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\xff{", b"[" * 100_000, b"[]", b'{"jobs": [{"name": "ema", "state": "failed"}]}',
+        b'{"jobs": {"ema": "failed"}}', b'{"jobs": {"ema": {"state": ["failed"]}}}', b'{"jobs": {"sft": {"state": 1}}}',
+        b'{"jobs": {"ema": {"state": "finished"}}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_list_of_jobs_changes_nothing(tmp_path, content):
+    make_run(tmp_path / "runs" / "ema", leave_out=("result.json",))
+    make_report([tmp_path / "runs"], tmp_path / "without.html")
+    (tmp_path / "runs" / "jobs.json").write_bytes(content)
+    make_report([tmp_path / "runs"], tmp_path / "with.html")
+    assert (tmp_path / "with.md").read_text() == (tmp_path / "without.md").read_text()
+
+
 def test_a_metric_that_was_not_finite_is_told_and_breaks_the_line(tmp_path):
     folder = make_run(tmp_path / "ema")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -393,13 +558,16 @@ def test_a_metric_that_was_not_finite_is_told_and_breaks_the_line(tmp_path):
     assert re.search(r'fill="none" d="([^"]*)"', curves.charts[0].svg).group(1).count("M") == 2
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "samples.jsonl"])
+ALL_FILES = ["config.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "before.json", "after.json"]
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
 @pytest.mark.parametrize(
     "content", [b"", b"\x00\xff{", b"[1, 2]", b"[" * 100_000, b'{"gain": {}, "resources": 3, "step": 1}']
 )
 def test_a_damaged_file_never_stops_the_report(tmp_path, name, content):
-    make_run(tmp_path / "runs" / "whole", seed=1)
-    (make_run(tmp_path / "runs" / "broken") / name).write_bytes(content)
+    make_run(tmp_path / "runs" / "whole", seed=1, graded=grades(1, 0.4))
+    (make_run(tmp_path / "runs" / "broken", graded=grades(0, 0.4)) / name).write_bytes(content)
     make_report([tmp_path / "runs"], tmp_path / "report.html")
     assert "whole" in (tmp_path / "report.md").read_text()
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import os
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -13,19 +13,28 @@ import numpy as np
 
 from unisd_jax import train
 from unisd_jax.claims import page, runs
+from unisd_jax.claims.findings import Claim, Finding
 from unisd_jax.claims.reliability import reliability_claims
 from unisd_jax.claims.runs import Run, Settings
-from unisd_jax.claims.teacher import target_changes
-from unisd_jax.claims.variants import CLEAN, Variant, write_variants
-from unisd_jax.claims.verdicts import Claim, Finding, context_claim, released_findings, smoothing_claim, trained_claims
+from unisd_jax.claims.teacher import Targets, target_changes
+from unisd_jax.claims.timing import step_seconds
+from unisd_jax.claims.variants import CLEAN, Variant, embedded_rows, write_variants
+from unisd_jax.claims.verdicts import (
+    context_claim,
+    cost_claims,
+    released_findings,
+    smoothing_claim,
+    trained_claims,
+)
 from unisd_jax.claims.weights import Scored, gold_logps, score
-from unisd_jax.claims.work import Task, mark, work_off
-from unisd_jax.config import load_config
+from unisd_jax.claims.work import Task, cores, mark, work_off
+from unisd_jax.config import load_config, to_yaml
 from unisd_jax.errors import ConfigError, UserError, report_error
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.models import local_checkpoint
 from unisd_jax.provenance import environment
+from unisd_jax.teacher.weights_hash import weights_hash
 
 SOME_FAILED = 1
 SPOILT = 0.4  # share of the training items
@@ -41,22 +50,24 @@ SOURCES = {
     ),
 }
 STUDENTS = ("untrained", "trained")
+TRAINED_STUDENT = (CLEAN, "plain")
+TOYS = ("embedded", "paraphrased")
+TEACHERS = ("ema", "live teacher")
+TIMING = "seconds of an update"
 
 
 def main(argv: Sequence[str], repository: Path) -> int:
     """The exit status: 0 the page is written, 1 something failed, 2 bad input, 130 interrupted."""
     try:
         options, settings = parse(argv, repository)
-        local_checkpoint(settings.model)
+        checkpoint = local_checkpoint(settings.model)
         variants = write_variants(settings.out / "data", rate=SPOILT)
-        for run in runs.planned(settings.seeds):
-            runs.configuration(run, variants, settings)  # what is wrong with an option is said before anything starts
-        tasks = [*trainings(settings), *scorings(settings, options.scored)]
+        tasks = planned_tasks(settings, variants, options, checkpoint)
         failed = work_off(tasks, settings, variants, options.jobs)
         if failed:
             print(f"{len(failed)} of {len(tasks)} failed; the same command makes them again", file=sys.stderr)
             return SOME_FAILED
-        text = write(settings, variants, options)
+        text = write(settings, variants, options, tasks)
     except (UserError, OSError) as error:
         return report_error(error)
     except KeyboardInterrupt:
@@ -67,28 +78,40 @@ def main(argv: Sequence[str], repository: Path) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; --help shows the usage")
+
+
 def parse(argv: Sequence[str], repository: Path) -> tuple[argparse.Namespace, Settings]:
     """The command line; words like `--train.steps=4` are options of all trainings.
 
     Raises:
       ConfigError: a word that is not understood.
     """
-    parser = argparse.ArgumentParser(description="Measures the paper's claims on a small model and writes a page.")
+    parser = _Parser(description="Measures the paper's claims on a small model and writes a page.", allow_abbrev=False)
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="where runs and scores are kept")
-    parser.add_argument("--page", type=Path, default=Path("docs/claims.md"), help="the page that is written")
+    parser.add_argument("--page", type=Path, help="the page that is written; else claims.md where the runs are")
     parser.add_argument("--config", type=Path, default=repository / "configs" / "claims.yaml", help="of all trainings")
     parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="such as 0,1,2; at least two")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one CPU core each")
-    parser.add_argument("--scored", type=int, default=32, help="training items whose weights are looked at, per seed")
+    parser.add_argument("--jobs", type=int, default=min(cores(), 8), help="runs at a time, one CPU core each")
+    parser.add_argument("--scored", type=int, default=24, help="training items whose weights are looked at, per seed")
+    parser.add_argument("--rounds", type=int, default=4, help="in which every method's update is timed")
     own, rest = parser.parse_known_args(argv)
+    own.page = own.page or own.out / "claims.md"
     for word in rest:
         if not word.startswith("--") or "." not in word.partition("=")[0] or "=" not in word:
             raise ConfigError(f"{word!r} is not understood, expected options such as --train.steps=4; see --help")
-    if len(set(own.seeds)) < 2:
-        raise ConfigError(f"--seeds is {own.seeds}, expected at least two different ones: intervals need them")
-    if own.jobs < 1 or own.scored < 2:
-        raise ConfigError(f"--jobs {own.jobs} and --scored {own.scored}: expected at least 1 and 2")
+    if len(set(own.seeds)) < max(2, len(own.seeds)):
+        raise ConfigError(f"--seeds is {own.seeds}, expected at least two, all different: intervals need them")
+    least = {"jobs": 1, "scored": 2, "rounds": 2}
+    for name, smallest in least.items():
+        if getattr(own, name) < smallest:
+            raise ConfigError(f"--{name} is {getattr(own, name)}, expected at least {smallest}")
+    available = len(embedded_rows()) // len(own.seeds)
+    if own.scored > available:
+        raise ConfigError(f"--scored is {own.scored}, expected at most {available}: every seed has other items")
     return own, Settings(own.out, own.config, repository / "configs" / "modes", own.model, own.seeds, tuple(rest))
 
 
@@ -96,32 +119,46 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def trainings(settings: Settings) -> list[Task]:
-    """All trainings, seed after seed."""
-    return [Task(run.name, train_one, (run,), first=True) for run in runs.planned(settings.seeds)]
+def planned_tasks(
+    settings: Settings, variants: dict[str, Variant], options: argparse.Namespace, checkpoint: Path
+) -> list[Task]:
+    """Trainings, then what is read off them, then the timing, alone.
 
-
-def scorings(settings: Settings, items: int) -> list[Task]:
-    """What is read off afterwards."""
+    Raises:
+      ConfigError: an option that no training has, or a value that does not go.
+    """
+    planned = runs.planned(settings.seeds)
+    configs = [runs.configuration(run, variants, settings) for run in planned]
+    data = [path.read_text(encoding="utf-8") for path in sorted((settings.out / "data").iterdir())]
+    common = "".join([weights_hash(checkpoint, configs[0].teacher.cache_dir), *data])
     found = []
+    for run, config in zip(planned, configs, strict=True):
+        result = runs.run_dir(run, settings) / "result.json"
+        found.append(Task(run.name, train_one, (run,), common + to_yaml(config), output=result))
+    after = common + to_yaml(configs[0]) + str(options.scored)
     for seed in settings.seeds:
-        found += [Task(f"weights, {who} student, seed {seed}", _score, (seed, items, who)) for who in STUDENTS]
-        found += [Task(f"contexts, {toy}, seed {seed}", _contexts, (seed, items, toy)) for toy in _TOYS]
-        found += [Task(f"targets, {name}, seed {seed}", _targets, (seed, name)) for name in _TEACHERS]
-    return found
-
-
-_TOYS = ("embedded", "paraphrased")
-_TEACHERS = ("ema", "live teacher")
+        reads = {f"weights, {who} student": (_score, (seed, options.scored, who)) for who in STUDENTS}
+        reads |= {f"contexts, {toy}": (_contexts, (seed, options.scored, toy)) for toy in TOYS}
+        reads |= {f"targets, {name}": (_targets, (seed, name)) for name in TEACHERS}
+        found += [Task(f"{name}, seed {seed}", work, words, after, phase=1) for name, (work, words) in reads.items()]
+    return [*found, Task(TIMING, _time, (options.rounds,), after + str(options.rounds), phase=2)]
 
 
 def train_one(settings: Settings, variants: dict[str, Variant], run: Run) -> None:
-    """One training, or what is left of it."""
+    """One training, or what is left of it; only the weights and checkpoints that are read later are kept."""
     train.run(runs.configuration(run, variants, settings))
+    if run.method not in TEACHERS:
+        shutil.rmtree(runs.run_dir(run, settings) / "checkpoints")
+    if run[:2] != TRAINED_STUDENT:
+        shutil.rmtree(runs.run_dir(run, settings) / "hf")
+
+
+def _time(settings: Settings, variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
+    return step_seconds(settings, rounds)
 
 
 def _score(settings: Settings, variants: dict[str, Variant], seed: int, items: int, who: str) -> dict[str, Any]:
-    student = runs.run_dir(Run(CLEAN, "plain", seed), settings) / "hf" if who == "trained" else None
+    student = runs.run_dir(Run(*TRAINED_STUDENT, seed), settings) / "hf" if who == "trained" else None
     scored = score(settings, settings.out / "data", seed=seed, items=items, student=student)
     views = {name: logps.tolist() for name, logps in scored.views.items()}
     arrays = {name: getattr(scored, name).tolist() for name in ("mask", "right", "wrong", "exact")}
@@ -136,13 +173,12 @@ def _contexts(settings: Settings, variants: dict[str, Variant], seed: int, items
     }
 
 
-def _targets(settings: Settings, variants: dict[str, Variant], seed: int, method: str) -> list[float]:
-    return target_changes(runs.run_dir(Run(CLEAN, method, seed), settings)).tolist()
+def _targets(settings: Settings, variants: dict[str, Variant], seed: int, method: str) -> Targets:
+    return target_changes(runs.run_dir(Run(CLEAN, method, seed), settings))
 
 
-def write(settings: Settings, variants: dict[str, Variant], options: argparse.Namespace) -> str:
+def write(settings: Settings, variants: dict[str, Variant], options: argparse.Namespace, tasks: Sequence[Task]) -> str:
     """Writes the page, and the same as JSON beside the runs; the page's text."""
-    tasks = [*trainings(settings), *scorings(settings, options.scored)]
     made = {task.name: json.loads(mark(settings, task).read_text()) for task in tasks}
     found: dict[str, dict[str, list]] = {}
     for run in runs.planned(settings.seeds):
@@ -151,22 +187,28 @@ def write(settings: Settings, variants: dict[str, Variant], options: argparse.Na
     def of_seeds(name: str) -> list[Any]:
         return [made[f"{name}, seed {seed}"]["found"] for seed in settings.seeds]
 
-    claims = trained_claims(found)
-    changes = {name: list(map(np.array, of_seeds(f"targets, {name}"))) for name in _TEACHERS}
+    targets = {name: [Targets(*one) for one in of_seeds(f"targets, {name}")] for name in TEACHERS}
     gold = {
         toy: {source: [np.array(one[source]) for one in of_seeds(f"contexts, {toy}")] for source in SOURCES}
-        for toy in _TOYS
+        for toy in TOYS
     }
-    claims[-1:-1] = [smoothing_claim(found, changes), context_claim(gold)]
+    seconds = made[TIMING]["found"]
+    claims = [
+        *trained_claims(found),
+        *cost_claims(found, seconds),
+        smoothing_claim(found, targets),
+        context_claim(gold),
+    ]
     for who in STUDENTS:
         scored = [_scored(one) for one in of_seeds(f"weights, {who} student")]
         claims += reliability_claims(scored, f"completions of the {who} student")
-    seconds = sum(one["seconds"] for one in made.values())
+    claims.sort(key=lambda claim: int(claim.number.partition(",")[0]))
     released = released_findings(found)
-    text = page.write_page(claims, released, found, variants, _facts(settings, options, found, seconds))
+    facts = _facts(settings, options, found, {name: one["seconds"] for name, one in made.items()})
+    text = page.write_page(claims, released, found, variants, seconds, facts)
     write_text_atomic(options.page, text)
     record = {"claims": [_plain(claim) | {"findings": list(map(_plain, claim.findings))} for claim in claims]}
-    record |= {"released": list(map(_plain, released))}
+    record |= {"released": list(map(_plain, released)), "seconds": seconds}
     write_json_atomic(settings.out / "claims.json", record | environment())
     return text
 
@@ -185,7 +227,7 @@ def _scored(found: dict[str, Any]) -> Scored:
     return Scored(views=views, **arrays)
 
 
-def _facts(settings: Settings, options: argparse.Namespace, found, seconds: float) -> dict[str, Any]:
+def _facts(settings: Settings, options: argparse.Namespace, found, took: dict[str, float]) -> dict[str, Any]:
     first = found[CLEAN]["plain"][0].result.details
     config = load_config(runs.run_dir(Run(CLEAN, "plain", settings.seeds[0]), settings) / "config.yaml")
     versions = first["versions"]
@@ -200,6 +242,6 @@ def _facts(settings: Settings, options: argparse.Namespace, found, seconds: floa
         "versions": f"Python {versions['python']}, jax {versions['jax']}, flax {versions['flax']}",
         "commit": (first["commit"] or "unknown")[:12],
         "date": date.today().isoformat(),
-        "minutes": round(seconds / options.jobs / 60),
+        "minutes": round((took.pop(TIMING) + sum(took.values()) / options.jobs) / 60),
         "jobs": options.jobs,
     }

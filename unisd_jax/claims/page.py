@@ -1,13 +1,13 @@
 """The page on the claims: every number in it comes from the runs and scores that it is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from unisd_jax.claims import verdicts
+from unisd_jax.claims.findings import Claim, Finding, Runs, drift, fit, fit_before
 from unisd_jax.claims.variants import CLEAN, Variant
-from unisd_jax.claims.verdicts import Claim, Finding, Runs, differs, drift, fit
+from unisd_jax.claims.verdicts import different
 from unisd_jax.eval.statistics import Interval
 from unisd_jax.markdown import table
 
@@ -15,54 +15,55 @@ _SIGNS = {"": "", "+": "above", "-": "below"}
 INTRODUCTION = """# The paper's claims in miniature
 
 Written by `make claims` from the runs that it makes: {model}, {steps} updates of {batch} items, {items} test items,
-seeds {seeds}, one CPU core a run. {device}; {versions}; commit {commit}; {date};
-{minutes} minutes with {jobs} runs at a time.
+seeds {seeds}, {jobs} runs at a time. {device}; {versions}; commit {commit}; {date}; {minutes} minutes.
 
-**What this can say.** Whether an effect is there on a model of 135M parameters, a synthetic task and a handful of
-updates, and in which direction; not how large it is at 7B. *Holds* and *does not hold*: the whole 95% interval lies
-on the side that the claim predicts, or on the other one. *Undecided*: the interval has both. A claim of several parts
-holds if all of them do. Intervals of differences in exact match resample items and seeds; those of distances,
-perplexities and targets are Student's over {count} seeds, so they are wide; those of step times are Welch's over
-steps; those of weights resample items. About one interval in twenty misses its mark by chance, and
-{findings} here have a prediction."""
+**What this can say.** Whether an effect is there on a small model, a synthetic task and a handful of updates, and
+in which direction; not how large it is at 7B. *Holds* and *does not hold*: the whole 95% interval lies on the side
+that the claim predicts, or on the other one. *Undecided*: the interval has both. A claim of several parts holds if
+all of them do, and does not if one does not. Seeds share data order and sampling keys between methods, so methods
+are compared seed by seed. Intervals of exact match resample items and seeds, which with {count} seeds makes them
+somewhat too narrow; those of distances, perplexities and targets are Student's over seeds, so they are wide; those
+of times are Student's over rounds; those of weights and contexts resample items. About one interval in twenty
+misses its mark by chance, and {findings} here have a prediction."""
 VARIANTS = """## Data
 
 The embedded questions, and three variants of their training items; test items are never spoilt."""
 RELEASED = """## UniSD\\* with working EMA and sequence weights, and as released
 
-Both have sequence-level weights, an EMA teacher (decay 0.9, every update), the contrast and feature matching, with the
-same seeds, data and sampling keys. In the release's arithmetic the EMA leaves the adapters out
-(`teacher.ema_adapters=false`), and every completion is divided by its own weight (`objective.normalize=upstream`),
-which cancels it. **{verdict}**"""
+Three trainings with the same seeds, data and sampling keys; all have sequence-level weights, an EMA teacher (decay 0.9,
+every update), the contrast and feature matching. *Ours* as it is. *Cancelled*: `objective.normalize=upstream`, which
+divides every completion by its own weight, and so also counts completions alike where ours counts tokens alike. *The
+release's*: the EMA leaves the adapters out as well (`teacher.ema_adapters=false`), so that the teacher never moves.
+Nine differences are looked at, each at 95%. **{verdict}**"""
 TRAININGS = """## All trainings
 
-Means over the seeds. *Exact before* and *after* are shares of the test items in per cent, *drift* the mean JSD from the
-base on unrelated prompts (nats), *PPL_fit* the perplexity of the gold replies, *step* the mean seconds of an update."""
+Means over the seeds. *Exact before* and *after* are shares of the test items in per cent, as are replies *cut off*;
+*drift* is the mean JSD from the base on unrelated prompts (nats), *PPL_fit* the perplexity of the gold replies."""
+SECONDS = """## Seconds of an update
+
+Medians over rounds in which all methods take turns in one process."""
 
 
 def write_page(
     claims: Sequence[Claim],
     released: Sequence[Finding],
     runs: Runs,
-    variants: dict[str, Variant],
-    facts: dict[str, Any],
+    variants: Mapping[str, Variant],
+    seconds: Mapping[str, Sequence[float]],
+    facts: Mapping[str, Any],
 ) -> str:
     """The page as Markdown."""
     predicted = sum(bool(finding.predicted) for claim in claims for finding in claim.findings)
-    parts = [INTRODUCTION.format(**facts, findings=predicted)]
     overview = [[claim.number, claim.text, f"**{claim.verdict}**"] for claim in claims]
-    parts.append(table(["claim", "", "verdict"], overview))
-    parts.append(VARIANTS)
-    parts.append(table(["variant", "what it is"], [[name, one.about] for name, one in variants.items()]))
+    parts = [INTRODUCTION.format(**facts, findings=predicted), table(["claim", "", "verdict"], overview)]
+    parts += [VARIANTS, table(["variant", "what it is"], [[name, one.about] for name, one in variants.items()])]
     for claim in claims:
-        parts += [
-            f"## {claim.number}: {claim.text}",
-            *([claim.note] if claim.note else []),
-            findings_table(claim.findings),
-        ]
-    said = "There is a difference." if differs(released) else "No difference can be seen."
+        note = [claim.note] if claim.note else []
+        parts += [f"## {claim.number}: {claim.text}", *note, findings_table(claim.findings)]
+    found = different(released)
+    said = f"Intervals without zero: {'; '.join(found)}." if found else "Every interval of a difference has zero in it."
     parts += [RELEASED.format(verdict=said), findings_table(released)]
-    parts += [TRAININGS, trainings_table(runs)]
+    parts += [TRAININGS, trainings_table(runs), SECONDS, seconds_table(seconds)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,17 +89,20 @@ def trainings_table(runs: Runs) -> str:
     rows = []
     for variant, methods in runs.items():
         for method, found in methods.items():
-            ended = [run for run in found if run.after]
-            seconds = np.mean([second for run in found for second in run.step_seconds])
-            ends = ["–"] * 4
-            if ended:
-                ends = [
-                    f"{100 * np.mean([run.grade('exact', at='before').mean() for run in ended]):.1f}",
-                    f"{100 * np.mean([run.grade('exact').mean() for run in ended]):.1f}",
-                    f"{np.mean([drift(run) for run in ended]):.4f}",
-                    f"{np.exp(np.mean([fit(run) for run in ended])):.2f}",
-                ]
-            rows.append([variant, method, str(len(found)), *ends, f"{seconds:.2f}"])
-    base = np.exp(verdicts.fit_before(runs[CLEAN]["plain"][0]))
-    text = table(["variant", "method", "seeds", "exact before", "after", "drift", "PPL_fit", "step"], rows)
-    return f"{text}\n\nPPL_fit of the base on the embedded task is {base:.2f}."
+            exact = [np.mean([run.grade("exact", at=at).mean() for run in found]) for at in ("before", "after")]
+            cut = np.mean([run.after["means"]["truncated_share"] for run in found])
+            shares = [f"{100 * exact[0]:.1f}", f"{100 * exact[1]:.1f}", f"{100 * cut:.0f}"]
+            distance, perplexity = (np.mean([value(run) for run in found]) for value in (drift, fit))
+            rows.append([variant, method, *shares, f"{distance:.4f}", f"{np.exp(perplexity):.2f}"])
+    base = runs[CLEAN]["plain"][0]
+    cut = base.before["means"]["truncated_share"]
+    told = f"On the embedded task {100 * cut:.0f}% of the base's replies are cut off; its PPL_fit is"
+    heads = ["variant", "method", "exact before", "after", "cut off", "drift", "PPL_fit"]
+    return f"{table(heads, rows)}\n\n{told} {np.exp(fit_before(base)):.2f}."
+
+
+def seconds_table(seconds: Mapping[str, Sequence[float]]) -> str:
+    """The median over the rounds, and its ratio to `plain`."""
+    medians = {name: float(np.median(found)) for name, found in seconds.items()}
+    rows = [[name, f"{median:.2f}", f"{median / medians['plain']:.2f}"] for name, median in medians.items()]
+    return table(["method", "seconds", "to plain"], rows)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unisd_jax.claims.findings import Claim, Finding, resampled
 from unisd_jax.claims.variants import NOISES
-from unisd_jax.claims.verdicts import Claim, Finding, resampled
 from unisd_jax.claims.weights import CLEAN, Scored, auc, draw, rank_correlation, weigh
 
 RATE = 1 / 3
@@ -64,9 +64,10 @@ def _against_wrong_supervision(scored: Sequence[Scored], student: str) -> Claim:
                 token, damage, owners,
             ),
             _auc("token weights, AUC for the tenth of the tokens that it moves most", token, worst, owners),
-            _auc("sequence weights, AUC for completions that are not the right answer", sequence, wrong, items),
+            _auc("sequence weights, AUC for completions that are wrong", sequence, wrong, items)._replace(predicted=""),
         ],
-        f"{int(wrong.sum())} of {len(wrong)} completions are not the right answer.",
+        f"{int(wrong.sum())} of {len(wrong)} completions are wrong. With few of one kind the last line says nothing; "
+        "wrong ones also differ in length and form.",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """How much the teacher's targets change from one update to the next, read from a run's checkpoints."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +18,17 @@ from unisd_jax.step import weights
 ITEMS = 8
 
 
-def target_changes(run_dir: Path) -> Float[np.ndarray, " S"]:
-    """Root mean square change of the teacher's log-probs of gold tokens at each update, in nats.
+class Targets(NamedTuple):
+    """Root mean square changes of the teacher's log-probs of gold tokens, in nats: at each update, and in all."""
 
-    Over the gold replies of the first items, after the teacher's own prompt. Needs a checkpoint of every step.
+    steps: list[float]
+    net: float
+
+
+def target_changes(run_dir: Path) -> Targets:
+    """How the targets moved: those of the gold replies of the first items, after the teacher's own prompt.
+
+    Needs a checkpoint of every step.
 
     Raises:
       UserError: a checkpoint is missing or cannot be read.
@@ -40,8 +48,9 @@ def target_changes(run_dir: Path) -> Float[np.ndarray, " S"]:
             scores.append(_scores(experiment, checkpoints.read(step, like), prompts, completions))
     finally:
         checkpoints.close()
-    changes = np.diff(np.stack(scores), axis=0)[:, completions[1]]
-    return np.sqrt(np.mean(np.square(changes), axis=1))
+    targets = np.stack(scores)[:, completions[1]]
+    changes = np.sqrt(np.mean(np.square(np.diff(targets, axis=0)), axis=1))
+    return Targets(changes.tolist(), float(np.sqrt(np.mean(np.square(targets[-1] - targets[0])))))
 
 
 def _scores(experiment, state, prompts, completions) -> Float[np.ndarray, "N T"]:

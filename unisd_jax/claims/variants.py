@@ -13,6 +13,8 @@ from unisd_jax.io import write_text_atomic
 CLEAN, WRONG, NOISY, FREE = "clean", "wrong demonstrations", "noisy contexts", "free form"
 NOISES = ("content", "form")
 Row = dict[str, Any]
+# Whole sentences: a reply that is cut off would count as one that does not say the answer.
+_ROOM = ("--rollout.max_completion_length=40", "--evaluation.max_completion_length=48")
 
 
 class Variant(NamedTuple):
@@ -47,8 +49,8 @@ def write_variants(folder: Path, *, rate: float) -> dict[str, Variant]:
             f"{share} lend the auxiliary views a wrong answer in another form; what their own teacher sees is right",
         ),
         FREE: Variant(
-            (f"--data.task={free_answers.__file__}",),
-            "the same questions, no form asked for: a reply is right if it says the answer",
+            (f"--data.task={free_answers.__file__}", *_ROOM),
+            "the same questions, no form asked for: a reply is right if it says the answer; room for longer replies",
         ),
     }
 

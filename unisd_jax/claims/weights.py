@@ -55,7 +55,7 @@ def score(settings: Settings, data: Path, *, seed: int, items: int, student: Pat
     }
     wrong = _experiment(settings, seed, f"--data.train_path={data / 'all-wrong.jsonl'}")
     clean = experiments[CLEAN]
-    places = np.random.default_rng(seed).choice(len(clean.train), items, replace=False)
+    places = _places(settings, clean, seed, items)
     examples = [clean.train[place] for place in places]
     params = clean.base if student is None else load_hf(student, dtype=np.float32)[1]
     ids, mask = _sampled(clean, params, examples, seed)
@@ -74,8 +74,20 @@ def score(settings: Settings, data: Path, *, seed: int, items: int, student: Pat
 def _experiment(settings: Settings, seed: int, *options: str) -> Experiment:
     """The data, views and model of token agreement with random donors: the same donors whatever they lend."""
     files = [settings.modes / "agreement_tok_random.yaml", settings.config]
-    own = [f"--model.path={settings.model}", f"--seed={seed}", f"--teacher.contexts.num_auxiliary_contexts={VIEWS}"]
+    own = [
+        f"--model.path={settings.model}",
+        f"--seed={seed}",
+        f"--teacher.contexts.num_auxiliary_contexts={VIEWS}",
+        "--data.overlong=error",  # items are compared by their place
+    ]
     return build(load_config(files, [*own, *options, *settings.options]))
+
+
+def _places(settings: Settings, experiment: Experiment, seed: int, items: int) -> Int[np.ndarray, " N"]:
+    """Training items, other ones for each seed: what is pooled over seeds has no item twice."""
+    mixed = np.random.default_rng(0).permutation(len(experiment.train))
+    part = settings.seeds.index(seed)
+    return mixed[part * items : (part + 1) * items]
 
 
 def _sampled(
@@ -106,7 +118,7 @@ def _padding(experiment: Experiment) -> dict[str, int]:
 def gold_logps(settings: Settings, *, seed: int, items: int, options: Sequence[str]) -> Float[np.ndarray, " N"]:
     """Mean log-prob per token of the gold replies after the first auxiliary view that `options` ask for."""
     experiment = _experiment(settings, seed, *options)
-    places = np.random.default_rng(seed).choice(len(experiment.train), items, replace=False)
+    places = _places(settings, experiment, seed, items)
     examples = [experiment.train[place] for place in places]
     gold = [example.gold for example in examples]
     ids, mask = pad_completions(gold, pad_id=experiment.chat.pad_id, length=max(map(len, gold)))

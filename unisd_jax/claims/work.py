@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -22,30 +21,32 @@ from unisd_jax.io import write_json_atomic
 class Task(NamedTuple):
     """Something to be made, by name: `work(settings, variants, *arguments)` makes it and returns JSON.
 
-    What is `first` is made before all else, which reads it.
+    `depends` is all that it depends on beside its name; it is there if its mark and `output` are. Each `phase` begins
+    when the one before is over.
     """
 
     name: str
     work: Callable[..., Any]
     arguments: tuple
-    first: bool = False
+    depends: str
+    phase: int = 0
+    output: Path | None = None
 
 
 def work_off(tasks: Sequence[Task], settings: Settings, variants: dict[str, Variant], jobs: int) -> list[str]:
     """Makes what is not there yet, `jobs` at a time; the names of what failed."""
-    waiting = [task for task in tasks if not mark(settings, task).exists()]
+    waiting = [task for task in tasks if not is_made(settings, task)]
     print(f"{len(tasks) - len(waiting)} of {len(tasks)} are there already", flush=True)
-    # What reads a training's files comes after all trainings.
-    first = [task for task in waiting if task.first]
     failed: list[str] = []
     context, started, done = multiprocessing.get_context("spawn"), time.monotonic(), 0
-    cores = context.Queue()
+    free = context.Queue()
     for core in range(jobs):
-        cores.put(core)
+        free.put(core)
     previous = signal.signal(signal.SIGTERM, _interrupt)
-    with ProcessPoolExecutor(jobs, context, _take_core, (cores, jobs)) as pool:
+    with ProcessPoolExecutor(jobs, context, _take_core, (free, jobs)) as pool:
         try:
-            for part in (first, [task for task in waiting if not task.first]):
+            for phase in sorted({task.phase for task in waiting}):
+                part = [task for task in waiting if task.phase == phase]
                 left: dict[Future, Task] = {pool.submit(_run, task, settings, variants): task for task in part}
                 while left:
                     for future in wait(left, return_when=FIRST_COMPLETED).done:
@@ -59,7 +60,7 @@ def work_off(tasks: Sequence[Task], settings: Settings, variants: dict[str, Vari
                     break
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGINT)  # from a terminal they have it already; a training saves
+                os.kill(worker.pid, signal.SIGINT)  # a training saves
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
@@ -80,11 +81,17 @@ def _said(task: Task, future: Future, settings: Settings) -> tuple[str, bool]:
     return f"{task.name} FAILED: {error} (see {_log(settings, task)})", False
 
 
-def _take_core(cores, jobs: int) -> None:
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _take_core(free, jobs: int) -> None:
     """Each worker has a core of its own, so that times can be compared, and ends with the command."""
+    os.setsid()  # Ctrl-C in a terminal is for the command, which passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it waits for work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    core = cores.get()
+    core = free.get()
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 1 < jobs <= len(allowed):
         os.sched_setaffinity(0, {allowed[core]})
@@ -110,16 +117,14 @@ def _run(task: Task, settings: Settings, variants: dict[str, Variant]) -> float:
     return seconds
 
 
+def is_made(settings: Settings, task: Task) -> bool:
+    """Whether there is nothing left to do for it."""
+    return mark(settings, task).exists() and (task.output is None or task.output.exists())
+
+
 def mark(settings: Settings, task: Task) -> Path:
     """Where it is written that something is made, and what came out: named by all that it depends on."""
-    own = [
-        settings.config.read_text(encoding="utf-8"),
-        settings.model,
-        settings.options,
-        task.name,
-        task.arguments[1:-1],
-    ]
-    key = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
+    key = hashlib.sha256(task.depends.encode()).hexdigest()[:8]
     return settings.out / "made" / f"{_word(task.name)}-{key}.json"
 
 

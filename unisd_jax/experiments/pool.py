@@ -217,7 +217,8 @@ class Pool:
         else:
             why = {0: "it wrote no result", -9: "killed, as when memory runs out"}.get(status, f"status {status}")
             state, reason = FAILED, f"{why}, see {job.log}"
-        took = {"seconds": round(process.seconds(), 1), "peak_memory_gib": round(process.peak, 3), "status": status}
+        peak = round(process.peak, 3) or None
+        took = {"seconds": round(process.seconds(), 1), "peak_memory_gib": peak, "status": status}
         self._set(job, state, **took)
         if state == FINISHED:
             self.finished.append(job.record() | took)

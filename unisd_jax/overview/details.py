@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from unisd_jax.overview.blocks import Block, Cell, Heading, Replies, Table, Text, code
+from unisd_jax.overview.files import mapping, number
 from unisd_jax.overview.groups import Group, Study, differing, short
-from unisd_jax.overview.reading import Run, mapping, number
+from unisd_jax.overview.reading import Run
 from unisd_jax.overview.tables import MISSING
 from unisd_jax.report import RESULT_FILE
 
@@ -125,14 +126,15 @@ def directories(study: Study) -> Iterator[Block]:
 
 
 def state(run: Run) -> str:
-    """Finished, or how far it came."""
+    """Finished, or how far it came and what its sweep says of it."""
     if number(run.result, "steps") is not None:
         return "finished"
     if (run.folder / RESULT_FILE).exists():
         return f"{RESULT_FILE} is damaged"
     planned = number(run.config, "train.steps")
     of = f" of {planned:.0f}" if planned is not None else ""
-    return f"unfinished: {run.records[-1]['step'] if run.records else 0}{of} steps"
+    came = f"unfinished: {run.records[-1]['step'] if run.records else 0}{of} steps"
+    return f"{came}; {run.job}" if run.job else came
 
 
 def lacks(run: Run) -> str:

@@ -42,7 +42,9 @@ def over_seeds(found: Sequence[Measurement], name: str) -> Estimate | None:
     stored = len(there) == 1 and name in there[0].values and there[0].values[name].low is not None
     if not stored and all(_graded(measurement, name) for measurement in there) and _same_items(there):
         interval, over = _resampled(there, name)
-        return Estimate(*interval, *size, over)
+        # Where nothing varies there is nothing to resample: a width of 0 would be certainty.
+        found, over = (Ends(interval.mean), NOTHING) if interval.low == interval.high else (interval, over)
+        return Estimate(*found, *size, over)
     there = [measurement for measurement in there if name in measurement.values]
     values = [measurement.values[name] for measurement in there]
     size = len(there), size[1]

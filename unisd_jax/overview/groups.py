@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unisd_jax.config import defining_difference
-from unisd_jax.overview.reading import Evaluation, Found, Problem, Run, mapping, number
+from unisd_jax.overview.files import Problem, mapping, number
+from unisd_jax.overview.reading import Evaluation, Found, Run
 
 K, GAMMA = "teacher.contexts.num_auxiliary_contexts", "objective.agreement.gamma_agreement"
 _SHORT = {K: "K", GAMMA: "gamma"}
@@ -21,6 +22,8 @@ _OF_THE_TASK += ("rollout.max_completion_length",)
 # What decides the numbers of the evaluation at the end of training, beside the checkpoint.
 _OF_THE_TEST = ("data.test_split", "data.test_path", "data.test_limit", "data.path", "data.revision", "data.form.")
 _OF_THE_TEST += ("evaluation.max_completion_length",)
+# Options of the data that do not decide which the test items are: all others have to be alike.
+_OF_TRAINING = ("data.train_", "data.shuffle", "data.overlong", "data.max_prompt_length", "data.length_")
 
 
 class Ends(NamedTuple):
@@ -42,7 +45,10 @@ class Column(NamedTuple):
 
 @dataclass(eq=False)
 class Measurement:
-    """What one checkpoint reached in one column; `own` and `base` hold grades [N] by metric where they are known."""
+    """What one checkpoint reached in one column; `own` and `base` hold grades [N] by metric where they are known.
+
+    `items` tells which items these are of: their ids and hashes, or what chose them.
+    """
 
     column: Column
     values: dict[str, Ends]
@@ -199,7 +205,13 @@ def _at_the_end(run: Run) -> dict[Column, Measurement]:
         ends = result.get("gain_interval")
         low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
         values["gain"] = Ends(number(result, "gain"), number({"": low}, ""), number({"": high}, ""))
-    return {column: Measurement(column, values)}
+    data = {name: value for name, value in run.config.items() if name.startswith("data.")}
+    if run.grades is None or "data.task" not in data:
+        return {column: Measurement(column, values)}
+    # No file names all test items; they are the same where the options that choose them are.
+    chosen = _digest({name: value for name, value in data.items() if not name.startswith(_OF_TRAINING)})
+    before, after = ({"exact": grades} for grades in run.grades)
+    return {column: Measurement(column, values, (("data options", chosen),), after, before)}
 
 
 def _of_evaluation(found: Evaluation) -> Measurement:

@@ -52,10 +52,12 @@ def report(study: Study) -> Iterator[Block]:
     """All sections."""
     yield Text(_summary(study))
     unfinished = sum(details.state(run) != "finished" for run in study.runs)
+    failed = sum(run.job.startswith("failed") for run in study.runs)
     if unfinished or study.problems:
+        of_these = f", {failed} of them failed" if failed else ""
         yield Text(
-            f"Unfinished runs: {unfinished}. Files and evaluations left out or damaged: {len(study.problems)}. The "
-            "section Runs at the end names them.",
+            f"Unfinished runs: {unfinished}{of_these}. Files and evaluations left out or damaged: {len(study.problems)}"
+            ". The section Runs at the end names them.",
             warning=True,
         )
     for section in SECTIONS:

@@ -1,9 +1,7 @@
 """The run directories and evaluations below some paths; what cannot be read is named, never a reason to stop."""
 
-import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,8 @@ import numpy as np
 from unisd_jax.config_loading import flatten, parse_yaml
 from unisd_jax.errors import UserError
 from unisd_jax.metrics import METRICS_FILE, read_metrics
+from unisd_jax.overview.files import Problem, number, read_json, read_json_lines, reason
+from unisd_jax.overview.kept import job_state, read_grades
 from unisd_jax.report import CONFIG_FILE, RESULT_FILE, SAMPLES_FILE
 
 SUMMARY_FILE, ITEMS_FILE = "summary.json", "items.jsonl"
@@ -23,16 +23,12 @@ _SKIPPED = {"adapter", "cache", "checkpoints", "hf", "jobs", "plots", "teacher_a
 _RUN_FILES = {CONFIG_FILE, RESULT_FILE, METRICS_FILE}
 
 
-class Problem(NamedTuple):
-    """Something that is not in the report, and why."""
-
-    where: str
-    what: str
-
-
 @dataclass(eq=False)
 class Run:
-    """What a run directory holds; a part that is missing or damaged is empty. The configuration is flat."""
+    """What a run directory holds; a part that is missing or damaged is empty. The configuration is flat.
+
+    `grades` are those of the test items before and after training [N]; `job` is what a sweep says of an unfinished run.
+    """
 
     folder: Path
     label: str
@@ -40,6 +36,8 @@ class Run:
     result: dict[str, Any]
     records: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    grades: tuple[np.ndarray, np.ndarray] | None
+    job: str
 
     def told(self, option: str, name: str) -> str:
         """An option of the configuration, else what the result has under `name`."""
@@ -84,24 +82,6 @@ def read_all(paths: Sequence[Path]) -> Found:
     return Found(runs, [found for found in evaluations if found.summary], problems)
 
 
-def number(tree: Any, *names: str) -> float | None:
-    """The finite number at `tree[names[0]][names[1]]…`, None where there is none."""
-    for name in names:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    real = isinstance(tree, int | float) and not isinstance(tree, bool)
-    try:
-        return float(tree) if real and math.isfinite(tree) else None
-    except OverflowError:
-        return None
-
-
-def mapping(tree: Any, *names: str) -> dict[str, Any]:
-    """The mapping at `tree[names[0]][names[1]]…`, empty where there is none."""
-    for name in names:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, dict) else {}
-
-
 def _search(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     runs, evaluations = {}, {}
     for path in paths:
@@ -132,10 +112,12 @@ def _read_run(folder: Path, label: str, problems: list[Problem]) -> Run:
         if (folder / METRICS_FILE).is_file():
             records = read_metrics(folder / METRICS_FILE)
     except (UserError, OSError, RecursionError) as error:
-        problems.append(Problem(str(folder / METRICS_FILE), _reason(error).removeprefix(f"{folder / METRICS_FILE}, ")))
-    samples = [line for line in _json_lines(folder / SAMPLES_FILE, problems) if "prompt" in line]
+        problems.append(Problem(str(folder / METRICS_FILE), reason(error).removeprefix(f"{folder / METRICS_FILE}, ")))
+    samples = [line for line in read_json_lines(folder / SAMPLES_FILE, problems) if "prompt" in line]
     config = _read_config(folder / CONFIG_FILE, problems)
-    return Run(folder, label, config, _json(folder / RESULT_FILE, problems), records, samples)
+    result = read_json(folder / RESULT_FILE, problems)
+    job = "" if (folder / RESULT_FILE).exists() else job_state(folder)
+    return Run(folder, label, config, result, records, samples, read_grades(folder, result, problems), job)
 
 
 def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any]:
@@ -148,7 +130,7 @@ def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any]:
         tree = parse_yaml(path.read_bytes(), "found")
         flat = flatten(tree) if isinstance(tree, dict) else {}
     except (OSError, UserError, RecursionError) as error:
-        problems.append(Problem(str(path), _reason(error)))
+        problems.append(Problem(str(path), reason(error)))
         return {}
     if not flat:
         problems.append(Problem(str(path), "empty or no mapping: expected the configuration that a run writes"))
@@ -159,7 +141,7 @@ def _read_evaluation(folder: Path, problems: list[Problem]) -> Evaluation:
     if not (folder / SUMMARY_FILE).is_file():
         problems.append(Problem(str(folder), f"an evaluation without {SUMMARY_FILE}: it has not finished"))
         return Evaluation(folder, {})
-    found = Evaluation(folder, _json(folder / SUMMARY_FILE, problems))
+    found = Evaluation(folder, read_json(folder / SUMMARY_FILE, problems))
     if not found.summary:
         return found
     if not isinstance(found.summary.get("task"), str) or number(found.summary, "metrics", "exact", "mean") is None:
@@ -167,7 +149,7 @@ def _read_evaluation(folder: Path, problems: list[Problem]) -> Evaluation:
             Problem(str(folder / SUMMARY_FILE), "no task or no metrics.exact: not the summary of an evaluation")
         )
         return Evaluation(folder, {})
-    lines = list(_json_lines(folder / ITEMS_FILE, problems))
+    lines = list(read_json_lines(folder / ITEMS_FILE, problems))
     expected = number(found.summary, "items")
     if len(lines) == expected and all("id" in line for line in lines):
         lines.sort(key=lambda line: str(line["id"]))
@@ -194,44 +176,3 @@ def _base_grade(line: dict[str, Any], name: str) -> float | None:
     replies = replies if isinstance(replies, list) else []
     grades = [number(reply, where, name.removeprefix("released_")) for reply in replies]
     return None if not grades or None in grades else sum(grades) / len(grades)
-
-
-def _json(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(Problem(str(path), f"not JSON: {_reason(error)}"))
-        return {}
-    if not isinstance(value, dict):
-        problems.append(Problem(str(path), f"a JSON {type(value).__name__}, expected an object"))
-        return {}
-    return value
-
-
-def _json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; the others are counted."""
-    if not path.is_file():
-        return
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        problems.append(Problem(str(path), _reason(error)))
-        return
-    damaged = 0
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            yield value
-        else:
-            damaged += 1
-    if damaged:
-        problems.append(Problem(str(path), f"{damaged} lines are no JSON objects and were skipped"))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
