@@ -130,8 +130,8 @@ def _read(paths: Sequence[Path], overrides: Sequence[str], variants: Variants) -
     for path in paths:
         if path.resolve() in done:
             raise ConfigError(
-                f"the configuration file {show(str(path))} is given twice, or inherited by one before it: it would change "
-                "nothing; leave it out"
+                f"the configuration file {show(str(path))} is given twice, or inherited by one before it: it would "
+                "change nothing; leave it out"
             )
         tree = deep_merge(tree, read_tree(path, variants, done=done))
     return _merged(tree, overrides)
