@@ -609,12 +609,17 @@ def test_an_interrupt_ends_the_wait(make, fake, params):
     generate(engine, 1)
     fake.fault("hang", times=None)
     pending = begin(engine, 1)
+    # A shell may have it ignored for what runs in the background.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        pending.result()
-    assert time.monotonic() - begun < 1
-    fake.release()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pending.result()
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        fake.release()
+    assert time.monotonic() - begun < 10
 
 
 # --- Several servers ---
