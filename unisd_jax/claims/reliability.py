@@ -66,9 +66,9 @@ def _against_wrong_supervision(scored: Sequence[Scored], student: str) -> Claim:
             _auc("token weights, AUC for the tenth of the tokens that it moves most", token, worst, owners),
             _auc("sequence weights, AUC for completions that are wrong", sequence, wrong, items)._replace(predicted=""),
         ],
-        "The views are clean. Weights fall, and demonstrations move the teacher, where a token is uncertain anyway, which "
-        f"is not held fixed here. {int(wrong.sum())} of {len(wrong)} completions are wrong; with few of one kind the last "
-        "line says nothing, and wrong ones also differ in length and form.",
+        "The views are clean. Weights fall, and demonstrations move the teacher, where a token is uncertain anyway, "
+        f"which is not held fixed here. {int(wrong.sum())} of {len(wrong)} completions are wrong; with few of one kind "
+        "the last line says nothing, and wrong ones also differ in length and form.",
     )  # fmt: skip
 
 
