@@ -61,7 +61,7 @@ def _column(name: str, result: dict[str, Any]) -> dict[str, str]:
         "contains after": percent(after.get("contains")),
         "gold log-prob after": _number(after.get("gold_logprob"), ".3f"),
         "drift (nats)": _number(result.get("drift"), ".4f"),
-        "minutes of training": _number(None if seconds is None else seconds / 60, ".1f"),
+        "minutes training": _number(None if seconds is None else seconds / 60, ".1f"),
     }
 
 

@@ -243,7 +243,7 @@ def test_runs_stand_side_by_side(tmp_path, capsys, compare_runs):
         "contains after": ["50.0%", "50.0%"],
         "gold log-prob after": ["-0.300", "-0.300"],
         "drift (nats)": ["0.0123", "0.2000"],
-        "minutes": ["10.2", "10.2"],
+        "minutes training": ["6.7", "6.7"],
     }
 
 
