@@ -80,10 +80,13 @@ def evaluate_before(experiment: Experiment, run_dir: Path, phase: Phase) -> Eval
     path = run_dir / "before.json"
     (missing,) = multihost.largest(int(not path.exists()))
     if missing:
-        if experiment.config.model.lora.start is None:
-            evaluation = _shared_evaluation(experiment, phase)
+        adapted = experiment.config.model.lora.start is not None
+        # What servers are sent, and what is measured of that, must not depend on the runs before.
+        if adapted or experiment.config.rollout.engine != "jax":
+            start = student_params(experiment, new_state(experiment)) if adapted else experiment.base
+            evaluation = _evaluate_start(experiment, start, phase)
         else:
-            evaluation = _evaluate_start(experiment, student_params(experiment, new_state(experiment)), phase)
+            evaluation = _shared_evaluation(experiment, phase)
         if multihost.is_main():
             write_json_atomic(path, evaluation._asdict())
         multihost.wait_for_all("the evaluation of the starting point")
