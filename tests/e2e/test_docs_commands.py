@@ -95,7 +95,7 @@ class Elsewhere(NamedTuple):
 
 ELSEWHERE = {
     r"make quickstart": Elsewhere("downloads, installs and trains for 17 minutes", ".ci/run: make quickstart"),
-    r"make claims": Elsewhere("trains for 50 minutes", "tests/e2e/test_claims.py"),
+    r"make claims": Elsewhere("trains for 50 minutes", "tests/e2e/test_make_claims.py"),
     r"make test": Elsewhere("all tests", ".ci/run: make test"),
     r"make rollout-env": Elsewhere("installs vLLM", ".ci/run: make test-vllm"),
     r"pip install -e '\.\[(\w+)\]'": Elsewhere("downloads CUDA", "tests/unit/test_packaging.py"),
