@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("real_model")
         if "vllm_python" in getattr(item, "fixturenames", ()):
             item.add_marker("real_vllm")
+            item.add_marker(pytest.mark.timeout(1800))  # a server takes minutes to start, and again after each kill
 
 
 def _existing_directory(variable: str, default: Path, what: str) -> Path:
