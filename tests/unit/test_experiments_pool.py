@@ -180,7 +180,7 @@ def test_results_are_preferred_to_more_runs(job, run, tmp_path):
 
 
 def test_the_manifest_has_commands_states_and_costs_of_all_that_was_planned(job, run, tmp_path):
-    run(job("one", about={"mode": "ema"}))
+    run(job("one", "time.sleep(.5)", about={"mode": "ema"}))  # long enough to be looked at
     run(job("two"))
     record = Manifest(tmp_path).read()["one"]
     assert record["state"] == FINISHED and record["command"][0] == sys.executable and record["about"] == {"mode": "ema"}
@@ -366,7 +366,7 @@ def test_measured_memory_takes_the_place_of_the_guess(job, run, tmp_path, monkey
 
 def test_what_the_command_itself_holds_is_not_a_job_s_memory(job, run, tmp_path):
     ballast = np.ones(300 * 2**20, np.uint8)
-    run(job("one", "time.sleep(.3)"))
+    run(job("one", "time.sleep(.5)"))
     assert ballast.all() and 0 < Manifest(tmp_path).read()["one"]["peak_memory_gib"] < 0.2
 
 
