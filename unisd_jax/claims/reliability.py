@@ -32,7 +32,7 @@ def _against_spoilt_views(scored: Sequence[Scored], noise: str) -> list[Finding]
     spoilt = np.concatenate([one.spoilt_views for one in drawn])
     items = np.arange(len(spoilt))
     sequence, means = (np.concatenate([getattr(one, name) for one in drawn]) for name in ("sequence", "token_means"))
-    tokens, owners = np.concatenate([one.tokens for one in drawn]), _owners(drawn)
+    tokens, owners = np.concatenate([one.tokens for one in drawn]), _owners(scored)
     return [
         _auc("sequence weights, AUC for any spoilt view", sequence, spoilt > 0, items),
         _auc("token weights, AUC for any spoilt view, token by token", tokens, spoilt[owners] > 0, owners),
@@ -50,8 +50,7 @@ def _against_wrong_supervision(scored: Sequence[Scored], student: str) -> Claim:
         sequence.append(of_completions)
     token, sequence = np.concatenate(token), np.concatenate(sequence)
     damage = np.concatenate([np.abs(one.right - one.wrong)[one.mask] for one in scored])
-    starts = np.cumsum([0, *(len(one.mask) for one in scored)])
-    owners = np.concatenate([np.nonzero(one.mask)[0] + start for one, start in zip(scored, starts, strict=False)])
+    owners = _owners(scored)
     wrong = ~np.concatenate([one.exact for one in scored])
     items = np.arange(len(wrong))
     worst = damage >= np.quantile(damage, 0.9)
@@ -72,9 +71,10 @@ def _against_wrong_supervision(scored: Sequence[Scored], student: str) -> Claim:
     )  # fmt: skip
 
 
-def _owners(drawn) -> np.ndarray:
-    starts = np.cumsum([0, *(len(one.spoilt_views) for one in drawn)])
-    return np.concatenate([one.rows + start for one, start in zip(drawn, starts, strict=False)])
+def _owners(scored: Sequence[Scored]) -> np.ndarray:
+    """For every token of all completions, which completion it is of."""
+    lengths = np.concatenate([one.mask.sum(axis=1) for one in scored])
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _auc(what: str, weights, positive, groups) -> Finding:

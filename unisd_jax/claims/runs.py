@@ -92,15 +92,15 @@ def planned(seeds: Sequence[int]) -> list[Run]:
 def configuration(run: Run, variants: dict[str, Variant], settings: Settings) -> Config:
     """The configuration of a run."""
     method = METHODS[run.method]
-    own = [
-        f"--name={_word(run.method)}-s{run.seed}",
-        f"--output_dir={settings.out / _word(run.variant)}",
-        f"--seed={run.seed}",
-        f"--model.path={settings.model}",
-    ]
-    files = [settings.modes / f"{method.mode}.yaml", settings.config]
-    options = [*method.options, *variants[run.variant].options, *own]
-    return load_config(files, [*options, *settings.options])
+    own = [f"--name={_word(run.method)}-s{run.seed}", f"--output_dir={settings.out / _word(run.variant)}"]
+    return composed(settings, method.mode, run.seed, [*method.options, *variants[run.variant].options, *own])
+
+
+def composed(settings: Settings, mode: str, seed: int, options: Sequence[str], last: Sequence[str] = ()) -> Config:
+    """A mode's file under what all have in common; the user's own options come after `options`, before `last`."""
+    files = [settings.modes / f"{mode}.yaml", settings.config]
+    own = [f"--seed={seed}", f"--model.path={settings.model}"]
+    return load_config(files, [*own, *options, *settings.options, *last])
 
 
 def run_dir(run: Run, settings: Settings) -> Path:

@@ -3,8 +3,7 @@
 import contextlib
 from typing import Any
 
-from unisd_jax.claims.runs import TIMED, Settings
-from unisd_jax.config import load_config
+from unisd_jax.claims.runs import TIMED, Settings, composed
 from unisd_jax.experiment import build, new_state
 from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.resources import Meter
@@ -32,9 +31,7 @@ def step_seconds(settings: Settings, rounds: int) -> dict[str, list[float]]:
 def _prepared(settings: Settings, name: str, stack: contextlib.ExitStack) -> Any:
     """A function that makes one update of a method and returns its metrics."""
     method = TIMED[name]
-    files = [settings.modes / f"{method.mode}.yaml", settings.config]
-    own = [f"--model.path={settings.model}", f"--seed={settings.seeds[0]}"]
-    config = load_config(files, [*method.options, *own, *settings.options, *_STILL])
+    config = composed(settings, method.mode, settings.seeds[0], method.options, _STILL)
     use_compilation_cache(config.train.compilation_cache)
     experiment = build(config)
     stack.enter_context(contextlib.closing(experiment.sampler))

@@ -26,9 +26,9 @@ from unisd_jax.claims.teacher import Targets
 from unisd_jax.claims.variants import CLEAN, FREE, NOISY, WRONG
 from unisd_jax.eval.statistics import Interval, paired_bootstrap
 
-# One part of UniSD at a time on the student's own samples; in this order in the tables.
-AGREEMENT = ("agreement_tok", "agreement_seq")
 _SHARE = "agreement_effective_share"
+AGREEMENT = ("agreement_tok", "agreement_seq")
+# One part of UniSD at a time on the student's own samples; in this order in the tables.
 SINGLE = ("plain", "ema", "match_joint", "match_repr", "clip", "agreement_tok", "agreement_seq")
 
 

@@ -15,9 +15,8 @@ import numpy as np
 import scipy
 from jaxtyping import Bool, Float, Int
 
-from unisd_jax.claims.runs import Settings
+from unisd_jax.claims.runs import Settings, composed
 from unisd_jax.claims.variants import NOISES
-from unisd_jax.config import load_config
 from unisd_jax.data.batching import pad_completions, pad_prompts
 from unisd_jax.data.pipeline import Example
 from unisd_jax.eval.scores import token_logps
@@ -73,14 +72,9 @@ def score(settings: Settings, data: Path, *, seed: int, items: int, student: Pat
 
 def _experiment(settings: Settings, seed: int, *options: str) -> Experiment:
     """The data, views and model of token agreement with random donors: the same donors whatever they lend."""
-    files = [settings.modes / "agreement_tok_random.yaml", settings.config]
-    own = [
-        f"--model.path={settings.model}",
-        f"--seed={seed}",
-        f"--teacher.contexts.num_auxiliary_contexts={VIEWS}",
-        "--data.overlong=error",  # items are compared by their place
-    ]
-    return build(load_config(files, [*own, *options, *settings.options]))
+    # Items are compared by their place: none may be dropped.
+    own = [f"--teacher.contexts.num_auxiliary_contexts={VIEWS}", "--data.overlong=error"]
+    return build(composed(settings, "agreement_tok_random", seed, [*own, *options]))
 
 
 def _places(settings: Settings, experiment: Experiment, seed: int, items: int) -> Int[np.ndarray, " N"]:
