@@ -46,27 +46,34 @@ def variants(settings):
     return write_variants(settings.out / "data", rate=0.4)
 
 
-def test_a_run_is_trained_and_read(settings, variants):
+@pytest.fixture(scope="module")
+def ema(settings, variants):
+    """A finished run whose teacher is an EMA."""
     run = Run(CLEAN, "ema", 0)
-    assert runs.read(run, settings) is None
     command.train_one(settings, variants, run)
-    found = runs.read(run, settings)
+    return run
+
+
+def test_a_run_is_trained_and_read(settings, ema):
+    assert runs.read(ema._replace(seed=1), settings) is None
+    found = runs.read(ema, settings)
     assert len(found.grade("exact")) == len(found.grade("exact", at="before")) == 4
     assert len(found.metric("teacher_motion")) == 3
-    targets = target_changes(runs.run_dir(run, settings))
+    targets = target_changes(runs.run_dir(ema, settings))
     assert len(targets.steps) == 3 and min(targets.steps) > 0
     assert max(targets.steps) < targets.net <= sum(targets.steps) * (1 + 1e-5)
 
 
-def test_only_what_is_read_later_is_kept(settings, variants):
+def test_only_what_is_read_later_is_kept(settings, variants, ema, tmp_path):
     command.train_one(settings, variants, Run(CLEAN, "plain", 0))
     command.train_one(settings, variants, Run(CLEAN, "sft", 0))
-    plain, sft, ema = (runs.run_dir(Run(CLEAN, name, 0), settings) for name in ("plain", "sft", "ema"))
-    assert (plain / "hf").is_dir() and not (sft / "hf").exists() and not (ema / "hf").exists()
-    assert (ema / "checkpoints").is_dir() and not (plain / "checkpoints").exists()
-    shutil.rmtree(ema / "checkpoints" / "2")
+    plain, sft, moved = (runs.run_dir(ema._replace(method=name), settings) for name in ("plain", "sft", "ema"))
+    assert (plain / "hf").is_dir() and not (sft / "hf").exists() and not (moved / "hf").exists()
+    assert (moved / "checkpoints").is_dir() and not (plain / "checkpoints").exists()
+    damaged = shutil.copytree(moved, tmp_path / "ema-s0")
+    shutil.rmtree(damaged / "checkpoints" / "2")
     with pytest.raises(UserError, match="has no checkpoint of step 2; it has .1, 3."):
-        target_changes(ema)
+        target_changes(damaged)
 
 
 def test_updates_are_timed_in_turns(settings, monkeypatch):

@@ -375,7 +375,8 @@ def test_what_is_made_is_named_by_what_it_depends_on(plan, monkeypatch):
         name for name in usual if name.split(",")[0] in ("weights", "contexts", "targets")
     }
     monkeypatch.setitem(METHODS, "clip", METHODS["clip"]._replace(options=("--objective.clip.token_clip=3.0",)))
-    assert {name for name in usual if usual[name] != plan()[name]} == {f"clean, clip, seed {n}" for n in range(3)}
+    clip = plan()
+    assert {name for name in usual if usual[name] != clip[name]} == {f"clean, clip, seed {n}" for n in range(3)}
     plan.parts.weights = "two"
     assert not set(usual.values()) & set(plan().values())
 
