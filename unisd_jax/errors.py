@@ -1,5 +1,6 @@
 """What a user did wrong, said in one line; entry points print it and exit with status 2."""
 
+import argparse
 import sys
 
 BAD_INPUT = 2
@@ -11,6 +12,14 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that cannot be run."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a `ConfigError` instead of a page of usage."""
+
+    def error(self, message: str) -> None:
+        """Raises what was wrong."""
+        raise ConfigError(f"{message}; --help shows the usage")
 
 
 def report_error(error: UserError | OSError) -> int:

@@ -163,12 +163,6 @@ def test_resampling_whole_items_is_wider_than_token_by_token():
     assert clustered.high - clustered.low > 3 * (apart.high - apart.low)
 
 
-def test_student_s_interval_over_seeds():
-    found = findings.student_interval([1.0, 2.0, 3.0])
-    assert found.mean == 2 and found.high - found.mean == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
-    assert np.isnan(findings.student_interval([1.0]).low)
-
-
 @pytest.mark.parametrize(
     ("interval", "predicted", "verdict"),
     [

@@ -20,6 +20,7 @@ from unisd_jax.eval.statistics import (
     pass_at_k,
     ratio_interval,
     seeds_interval,
+    student_interval,
     wilson_interval,
 )
 
@@ -444,3 +445,13 @@ def test_newcombe_s_interval_covers_a_known_difference():
         found = newcombe_interval(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 2)))
         hits += found.low <= 0.1 <= found.high
     assert 0.92 <= hits / 400 <= 0.99
+
+
+def test_student_s_interval_of_a_few_numbers():
+    found = student_interval([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.high - found.mean == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    assert found.high - found.mean == pytest.approx(found.mean - found.low)
+    assert np.isnan(student_interval([1.0]).low) and student_interval([1.0]).mean == 1.0
+    assert student_interval([4.0, 4.0]) == Interval(4.0, 4.0, 4.0)
+    with pytest.raises(ValueError, match="expected finite"):
+        student_interval([1.0, math.inf])

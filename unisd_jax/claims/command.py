@@ -29,7 +29,7 @@ from unisd_jax.claims.verdicts import (
 from unisd_jax.claims.weights import Scored, gold_logps, score
 from unisd_jax.claims.work import Task, cores, mark, work_off
 from unisd_jax.config import load_config, to_yaml
-from unisd_jax.errors import ConfigError, UserError, report_error
+from unisd_jax.errors import ConfigError, OneLineParser, UserError, report_error
 from unisd_jax.interrupt import INTERRUPTED
 from unisd_jax.io import write_json_atomic, write_text_atomic
 from unisd_jax.models import local_checkpoint
@@ -78,18 +78,15 @@ def main(argv: Sequence[str], repository: Path) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message}; --help shows the usage")
-
-
 def parse(argv: Sequence[str], repository: Path) -> tuple[argparse.Namespace, Settings]:
     """The command line; words like `--train.steps=4` are options of all trainings.
 
     Raises:
       ConfigError: a word that is not understood.
     """
-    parser = _Parser(description="Measures the paper's claims on a small model and writes a page.", allow_abbrev=False)
+    parser = OneLineParser(
+        description="Measures the paper's claims on a small model and writes a page.", allow_abbrev=False
+    )
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="where runs and scores are kept")
     parser.add_argument("--page", type=Path, help="the page that is written; else claims.md where the runs are")

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy
 from jaxtyping import Float
 
 from unisd_jax.claims.runs import Finished
-from unisd_jax.eval.statistics import Interval, seeds_interval
+from unisd_jax.eval.statistics import Interval, seeds_interval, student_interval
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 Values = Sequence[float] | Float[np.ndarray, " S"]
@@ -54,16 +53,6 @@ class Claim(NamedTuple):
         if not found or FAILS in found:
             return FAILS if found else UNDECIDED
         return HOLDS if found == {HOLDS} else UNDECIDED
-
-
-def student_interval(values: Values, *, level: float = 0.95) -> Interval:
-    """Mean over seeds with Student's interval; without one (nan) where there are fewer than two."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return Interval(float(np.mean(values)), float("nan"), float("nan"))
-    arm = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * scipy.stats.sem(values))
-    mean = float(np.mean(values))
-    return Interval(mean, mean - arm, mean + arm)
 
 
 def resampled(

@@ -128,11 +128,9 @@ class Finished(NamedTuple):
         return [record[name] for record in self.result.history if record.get(name) is not None]
 
 
-def read(run: Run, settings: Settings) -> Finished | None:
-    """A finished run; None if it is not."""
+def read(run: Run, settings: Settings) -> Finished:
+    """What a finished run left."""
     folder = run_dir(run, settings)
-    if not (folder / "result.json").exists():
-        return None
     ends = [json.loads((folder / name).read_text()) if (folder / name).exists() else {} for name in _ENDS]
     return Finished(read_result(folder), *ends)
 

@@ -18,13 +18,12 @@ from unisd_jax.claims.findings import (
     grade_difference,
     run_means,
     seed_difference,
-    student_interval,
     time_ratio,
 )
 from unisd_jax.claims.runs import MORE_VIEWS
 from unisd_jax.claims.teacher import Targets
 from unisd_jax.claims.variants import CLEAN, FREE, NOISY, WRONG
-from unisd_jax.eval.statistics import Interval, paired_bootstrap
+from unisd_jax.eval.statistics import Interval, paired_bootstrap, student_interval
 
 _SHARE = "agreement_effective_share"
 AGREEMENT = ("agreement_tok", "agreement_seq")

@@ -167,6 +167,21 @@ def newcombe_interval(before: Scores, after: Scores, *, level: float = 0.95) -> 
     return Interval(difference, low, difference + arm(other.mean - other.low, own.high - own.mean))
 
 
+def student_interval(values: Scores, *, level: float = 0.95) -> Interval:
+    """Mean of `values` [N] with Student's interval, for a few numbers such as one per seed; nan for the ends of one.
+
+    Raises:
+      ValueError: no value, a value that is not finite, or `level` is out of range.
+    """
+    values = _scores("values", values)
+    _require_level(level)
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    arm = float(scipy.stats.t.ppf((1 + level) / 2, count - 1) * scipy.stats.sem(values))
+    return Interval(mean, mean - arm, mean + arm)
+
+
 def mcnemar(before: Scores, after: Scores) -> McNemar:
     """McNemar's exact two-sided test of whether two 0/1 scores of the same items [N] differ in their mean.
 

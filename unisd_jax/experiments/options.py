@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisd_jax.errors import ConfigError
+from unisd_jax.errors import ConfigError, OneLineParser
 from unisd_jax.experiments.plan import Request
 from unisd_jax.experiments.recipes import EXPERIMENTS, GAMMAS, VIEWS
 
@@ -32,11 +32,6 @@ class Asked:
     memory_gib: float | None
     dry_run: bool
     cluster: Path | None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message}; --help shows the usage")
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -89,7 +84,7 @@ def _checked_overrides(overrides: Sequence[str], lists: dict[str, tuple]) -> lis
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python scripts/run_experiments.py",
         usage="%(prog)s EXPERIMENT [EXPERIMENT ...] [options] [--section.option=value ...]\n"
         "       %(prog)s run-job JOBS.json INDEX",

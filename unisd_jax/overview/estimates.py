@@ -6,7 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 
-from unisd_jax.eval.statistics import Interval, paired_seeds_interval, seeds_interval, wilson_interval
+from unisd_jax.eval.statistics import (
+    Interval,
+    paired_seeds_interval,
+    seeds_interval,
+    student_interval,
+    wilson_interval,
+)
 from unisd_jax.eval.summary import estimate, gain
 from unisd_jax.overview.groups import Ends, Measurement
 
@@ -110,11 +116,8 @@ def _samples(grades: np.ndarray) -> int:
 
 def _student(values: Sequence[float]) -> Ends:
     """Student's interval; none where all seeds came to the same, which says nothing about how far others may differ."""
-    mean, count = float(np.mean(values)), len(values)
-    if np.ptp(values) == 0:
-        return Ends(mean)
-    arm = float(scipy.stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Ends(mean, mean - arm, mean + arm)
+    found = student_interval(values)
+    return Ends(found.mean) if np.ptp(values) == 0 else Ends(*found)
 
 
 def _wilson(share: Ends, items: int) -> Ends:
