@@ -10,6 +10,7 @@ from unisd_jax.config import Config
 from unisd_jax.errors import ConfigError
 from unisd_jax.models import Model
 from unisd_jax.parallel import multihost
+from unisd_jax.rollout.folders import sync_folder
 from unisd_jax.rollout.jax_sampler import JaxSampler
 from unisd_jax.rollout.lanes import Lane
 from unisd_jax.rollout.probe import bound, make_probe
@@ -17,7 +18,7 @@ from unisd_jax.rollout.protocol import RolloutEngine
 from unisd_jax.rollout.vllm_client import VllmEngine
 from unisd_jax.rollout.vllm_command import adapter_rank
 from unisd_jax.rollout.vllm_server import OwnServer, start_server
-from unisd_jax.rollout.weights import Publisher, needed_bytes, sync_folder
+from unisd_jax.rollout.weights import Publisher, needed_bytes
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 

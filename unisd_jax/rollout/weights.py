@@ -8,34 +8,29 @@ import contextlib
 import errno
 import functools
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unisd_jax.errors import ConfigError, UserError
-from unisd_jax.io import replaced_folder, try_flock, write_json_atomic
+from unisd_jax.errors import UserError
+from unisd_jax.io import replaced_folder, write_json_atomic
 from unisd_jax.models import Lora, Model, iter_hf_tensors, merge, save_peft
-from unisd_jax.models.hf_fields import json_object
 from unisd_jax.models.hf_io import leaf_at, leaf_paths, split_shards, stored_shapes, write_shards
 from unisd_jax.models.peft_io import stored_factors
 from unisd_jax.models.safetensors_io import Entry
+from unisd_jax.rollout.folders import release
 
 BASE = "base"  # the weights that adapters are put on
 MANIFEST, FORMAT = "manifest.json", "unisd_jax/weights/1"
 HEAD, EMBEDDING = "lm_head.weight", ("embed", "weight")
 SHARD_BYTES = 5 * 10**9
-SHARED_MEMORY = Path("/dev/shm")
-SERVER_SEGMENTS = 5 * 10**8  # bytes that a server itself has in shared memory
-_held: dict[Path, int | None] = {}  # locks of this process' own folders
 Kind = Literal["weights", "adapter"]
 Fetch = Callable[[jax.Array], np.ndarray]
 
@@ -137,9 +132,7 @@ class Publisher:
             shutil.rmtree(self.folder / BASE, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-        lock = _held.pop(self.folder, None)
-        if lock is not None:
-            os.close(lock)
+        release(self.folder)
 
     def _remove(self, chosen: Callable[[Path], bool]) -> None:
         for folder in self.folder.glob("v????????"):
@@ -218,94 +211,6 @@ def planned_tensors(model: Model, dtype: Any) -> list[Entry]:
 def needed_bytes(model: Model, dtype: Any) -> int:
     """The size of a version of kind "weights" on disk."""
     return sum(entry.nbytes for entry in planned_tensors(model, dtype))
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """What `folder` says it holds.
-
-    Raises:
-      UserError: the folder has no manifest, or one that is damaged or not of this program.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST}; expected a version of the weights that this program wrote")
-    fields = json_object(path)
-    if fields.pop("format", None) != FORMAT:
-        raise UserError(f"{path}: not written by this program; expected format {FORMAT}")
-    types = {"owner": str, "version": int, "content": str, "kind": str, "dtype": str, "size": int, "tensors": dict}
-    for name, expected in types.items():
-        if not isinstance(fields.get(name), expected):
-            raise UserError(f"{path}: {name} is {fields.get(name)!r}; the file is damaged")
-    if set(fields) != set(types) or fields["kind"] not in get_args(Kind):
-        raise UserError(f"{path}: has fields {sorted(fields)} and kind {fields['kind']!r}; the file is damaged")
-    return Manifest(**fields)
-
-
-def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str, processes: int = 1) -> Path:
-    """Where the versions of a run go: into `option`, else into shared memory if there is room, else below `run_dir`.
-
-    `needed` bytes are what a process has there at a time, `processes` the number of those on this machine.
-
-    What processes that are gone have left in shared memory is removed.
-
-    Raises:
-      ConfigError: `option` is not a folder that can be written.
-    """
-    if option is not None:
-        folder = Path(option).absolute() / owner  # runs that share the option do not share versions
-        if not _writable(folder):
-            raise ConfigError(f"rollout.vllm.sync_dir: {option} is not a folder in which files can be made")
-        return folder
-    if SHARED_MEMORY.is_dir():
-        for left in SHARED_MEMORY.glob("unisd-*"):
-            _remove_if_left(left)
-        folder = SHARED_MEMORY / f"unisd-{owner}-{os.getpid()}"
-        room = needed * processes + SERVER_SEGMENTS
-        if shutil.disk_usage(SHARED_MEMORY).free >= room and _writable(folder):
-            if folder not in _held:
-                _held[folder] = _held_folder(folder)
-            return folder
-    return run_dir.absolute() / "sync"
-
-
-def _locked(folder: Path) -> int | None:
-    """A lock of a folder, which ends with this process, also in another container; None if someone has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    if try_flock(descriptor):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _held_folder(folder: Path) -> int:
-    """The lock of a folder of this process, which another may have taken for left and removed before it was held."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            lock = _locked(folder)
-            if lock is not None and os.path.samestat(os.fstat(lock), folder.stat()):
-                return lock
-            if lock is not None:
-                os.close(lock)
-        time.sleep(0.01)
-
-
-def _remove_if_left(folder: Path) -> None:
-    """Removes a folder whose process is gone: whatever run it was, its weights would stay in memory."""
-    with contextlib.suppress(OSError):
-        lock = _locked(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
