@@ -16,6 +16,7 @@ from unisd_jax.experiments.state import Manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "scripts" / "run_experiments.py"
+KINDS = "cache", "train", "evaluate", "report"
 # Runs every task of the array at once, as SLURM would later, and notes what it was given.
 SBATCH = """#!{python}
 import json, os, re, subprocess, sys
@@ -33,21 +34,22 @@ print(f"{{len(open('sbatch.log').readlines())}};here")
 
 @pytest.fixture
 def jobs(tmp_path):
-    """Two trainings, an evaluation of each, and a report; the second training fails until `now` is there."""
+    """A cache for two trainings, an evaluation of each, a report; the second training fails until `now` is there."""
 
     def job(name, program="", needs=(), kind="train"):
         text = f"import pathlib, sys; out = pathlib.Path({str(tmp_path)!r}); {program or 'pass'}\n"
         text += f"(out / {name!r}).mkdir(exist_ok=True); (out / {name!r} / 'result.json').touch()\n"
         text += f"(out / 'order').open('a').write({name!r} + ' ')"
-        outputs = (str(tmp_path / name / "result.json"),)
+        outputs = (str(tmp_path / name / "result.json"),) if kind != "cache" else ()
         return Job(
             kind=kind, name=name, key=name, command=(sys.executable, "-c", text), needs=needs, outputs=outputs,
             folder=str(tmp_path / "jobs" / name), config="a: 1\n",
         )  # fmt: skip
 
     return [
-        job("t0"),
-        job("t1", "(out / 'now').exists() or sys.exit(1)"),
+        job("c0", kind="cache"),
+        job("t0", needs=("c0",)),
+        job("t1", "(out / 'now').exists() or sys.exit(1)", needs=("c0",)),
         job("e0", needs=("t0",), kind="evaluate"),
         job("e1", needs=("t1",), kind="evaluate"),
         job("report", needs=("e0", "e1"), kind="report"),
@@ -78,29 +80,30 @@ def submit(tmp_path):
 def test_the_scripts_are_valid_and_the_layers_follow_one_another(jobs, tmp_path):
     said = cluster.write_slurm(tmp_path / "c", jobs, PROGRAM)
     scripts = sorted(path.name for path in (tmp_path / "c").iterdir())
-    assert scripts == ["00-train.sbatch", "01-evaluate.sbatch", "02-report.sbatch", "jobs.json", "submit.sh"]
+    assert scripts == [f"{place:02}-{kind}.sbatch" for place, kind in enumerate(KINDS)] + ["jobs.json", "submit.sh"]
     for name in scripts:
         if not name.endswith("json"):
             subprocess.run(["bash", "-n", str(tmp_path / "c" / name)], check=True)
-    text = (tmp_path / "c" / "01-evaluate.sbatch").read_text()
-    assert "#SBATCH --array=0-1" in text and '"$((SLURM_ARRAY_TASK_ID + 2))"' in text
+    text = (tmp_path / "c" / "02-evaluate.sbatch").read_text()
+    assert "#SBATCH --array=0-1" in text and '"$((SLURM_ARRAY_TASK_ID + 3))"' in text
     listed = json.loads((tmp_path / "c" / "jobs.json").read_text())["jobs"]
-    assert [(job["index"], job["layer"], job["name"]) for job in listed][:3] == [
-        (0, 0, "t0"),
-        (1, 0, "t1"),
-        (2, 1, "e0"),
+    assert [(job["index"], job["layer"], job["name"]) for job in listed][:4] == [
+        (0, 0, "c0"),
+        (1, 1, "t0"),
+        (2, 1, "t1"),
+        (3, 2, "e0"),
     ]
-    assert "5 jobs in 3 arrays" in said[0] and (tmp_path / "jobs" / "t0" / "options.yaml").read_text() == "a: 1\n"
+    assert "6 jobs in 4 arrays" in said[0] and (tmp_path / "jobs" / "t0" / "options.yaml").read_text() == "a: 1\n"
 
 
 def test_submitted_jobs_run_and_each_layer_waits_for_the_one_before(jobs, submit, tmp_path):
     (tmp_path / "now").touch()
     cluster.write_slurm(tmp_path / "c", jobs, PROGRAM)
     given, lines = submit(tmp_path / "c", "--partition=gpu", "--comment=two words")
-    assert given[0] == ["--parsable", "--partition=gpu", "--comment=two words", "00-train.sbatch"]
-    assert given[1][:3] == ["--parsable", "--dependency=afterok:3", "--kill-on-invalid-dep=yes"]
-    assert given[2][1] == "--dependency=afterany:6", "a report is made of what there is"
-    assert (tmp_path / "order").read_text().split() == ["t0", "t1", "e0", "e1", "report"]
+    assert given[0] == ["--parsable", "--partition=gpu", "--comment=two words", "00-cache.sbatch"]
+    assert given[1][:3] == ["--parsable", "--dependency=afterok:2", "--kill-on-invalid-dep=yes"]
+    assert given[3][1] == "--dependency=afterany:8", "a report is made of what there is"
+    assert (tmp_path / "order").read_text().split() == ["c0", "t0", "t1", "e0", "e1", "report"]
     assert all(is_finished(job) for job in jobs) and all(line.endswith(": 0") for line in lines if "task" in line)
     assert {record["state"] for record in Manifest(tmp_path).read().values()} == {"finished"}
 
@@ -108,9 +111,9 @@ def test_submitted_jobs_run_and_each_layer_waits_for_the_one_before(jobs, submit
 def test_a_job_refuses_to_run_before_what_it_needs_and_the_rest_can_be_submitted_again(jobs, submit, tmp_path, capsys):
     cluster.write_slurm(tmp_path / "c", jobs, PROGRAM)
     given, lines = submit(tmp_path / "c", DEPENDENCY="afterany")
-    assert given[1][1] == "--dependency=afterany:3"
-    assert [line[-1] for line in lines if line.startswith("task")] == ["0", "1", "0", "2", "0"]
-    assert command.main(["run-job", str(tmp_path / "c" / "jobs.json"), "3"], PROGRAM) == 2
+    assert given[1][1] == "--dependency=afterany:2"
+    assert [line[-1] for line in lines if line.startswith("task")] == ["0", "0", "1", "0", "2", "0"]
+    assert command.main(["run-job", str(tmp_path / "c" / "jobs.json"), "4"], PROGRAM) == 2
     assert "e1 needs t1, which is not finished" in capsys.readouterr().err
     assert not is_finished(jobs[-1]), "a report without e1 is made again"
     with pytest.raises(UserError, match="holds other jobs"):
@@ -118,8 +121,18 @@ def test_a_job_refuses_to_run_before_what_it_needs_and_the_rest_can_be_submitted
     (tmp_path / "now").touch()
     cluster.write_slurm(tmp_path / "again", jobs, PROGRAM)
     submit(tmp_path / "again")
-    assert (tmp_path / "order").read_text().split() == ["t0", "e0", "report", "t1", "e1", "report"]
+    assert (tmp_path / "order").read_text().split() == ["c0", "t0", "e0", "report", "t1", "e1", "report"]
     assert cluster.write_slurm(tmp_path / "third", jobs, PROGRAM) == ["all jobs are finished; nothing was written"]
+
+
+def test_folders_may_have_spaces_and_percent_signs(jobs, tmp_path, monkeypatch):
+    folder = tmp_path / "my 50% runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    cluster.write_slurm(Path("c"), jobs, PROGRAM)
+    options = [line for line in (folder / "c" / "00-cache.sbatch").read_text().splitlines() if "#SBATCH" in line]
+    assert f"#SBATCH --chdir='{folder}'" in options
+    assert f"#SBATCH --output='{tmp_path}/my 50%% runs/c/slurm-%A_%a.log'" in options
 
 
 def test_a_large_layer_takes_several_arrays(jobs, tmp_path, monkeypatch):
@@ -127,7 +140,7 @@ def test_a_large_layer_takes_several_arrays(jobs, tmp_path, monkeypatch):
     cluster.write_slurm(tmp_path / "c", jobs, PROGRAM)
     text = (tmp_path / "c" / "submit.sh").read_text()
     layers = text.partition("\nsubmit ")[2].split('after="$ids" ids=""')
-    assert [layer.count(".sbatch") for layer in layers] == [2, 2, 1]
+    assert [layer.count(".sbatch") for layer in layers] == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,7 @@ def test_a_large_layer_takes_several_arrays(jobs, tmp_path, monkeypatch):
     [
         ("{}", "0", "is not a list of jobs"),
         ("[", "0", "is not a list of jobs"),
-        (None, "9", "expected 0 to 4"),
+        (None, "9", "expected 0 to 5"),
         (None, "x", "INDEX is 'x'"),
     ],
 )

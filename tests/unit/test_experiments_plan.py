@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unisd_jax.config import load_config
 from unisd_jax.config_modes import MODES
@@ -31,7 +32,8 @@ def planned(model, tmp_path):
     """`planned(*words)` is the plan of a command line, without the report, by name."""
 
     def make(*words, report=False):
-        words = [f"--models={model}", f"--output-dir={tmp_path / 'out'}", *words]
+        models = [] if any(word.startswith("--models=") for word in words) else [f"--models={model}"]
+        words = [*models, f"--output-dir={tmp_path / 'out'}", *words]
         found = plan(completed(options.parse(words).request, REPOSITORY), REPOSITORY)
         return {job.name: job for job in found if report or job.kind != "report"}
 
@@ -114,6 +116,13 @@ def test_the_ablation_switches_off_one_mechanism_each_and_all_but_one(planned):
         "match_joint",
         "plain",
     ]
+
+
+def test_without_agreement_its_budget_is_gone_too(planned):
+    found = of_kind(planned("ablation", "--no-evaluate", "--objective.agreement.budget.share=0.5"), "train")
+    trees = {job.about["label"]: yaml.safe_load(job.config)["objective"]["agreement"] for job in found}
+    assert {tree["budget"]["share"] for tree in trees.values() if tree["level"] == "none"} == {1.0}
+    assert {tree["budget"]["share"] for tree in trees.values() if tree["level"] != "none"} == {0.5}
 
 
 def test_a_clip_that_is_asked_for_is_ablated_too(planned):
@@ -275,6 +284,12 @@ def test_a_result_that_was_deleted_is_made_again(planned):
         (["ema", "--trian.steps=3"], 'unknown option "trian"'),
         (["ema", "--train.steps"], "--train.steps needs its value"),
         (["ema", "--train.steps=3", "--train.steps=4"], "--train.steps is given twice, as 3 and as 4"),
+        (["ema", "--seeds=0", "--seeds=1"], "--seeds is given twice"),
+        (["ema", "--tasks=mbpp", "--tasks", "gsm8k"], "--tasks is given twice"),
+        (["ema", "--views=3,5"], "--views is for the experiment sensitivity"),
+        (["ema", "ablation", "--gammas=0.1"], "--gammas is for the experiment sensitivity"),
+        (["ema", "--devices=nonsense:0", "--dry-run"], "expected ids of GPUs"),
+        (["ema", "--devices=0", "--cluster", "slurm", "x"], "--devices and --memory-gib are for this machine"),
         (["ema", "--seed=1", "--seeds=2"], "--seeds and --seed are both given"),
         (["ema", "--data.task=mbpp", "--tasks=mbpp"], "--tasks and --data.task are both given"),
         (["ema", "--mode=clip"], "--mode is set for every run"),

@@ -1,5 +1,6 @@
 """Running jobs: order, failures, skipping, signals, kills, devices and memory. The jobs are small fakes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -236,6 +238,47 @@ def test_what_does_not_end_is_killed_with_what_it_started(job, started, tmp_path
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
+def test_a_report_is_out_of_date_once_a_run_is_made_again(job, run, started, tmp_path):
+    report = job("report", kind="report", needs=["one"], outputs=False)
+    assert run(job("one"), report)[0] == 0 and is_finished(report)
+    (tmp_path / "one" / "result.json").unlink()
+    interrupts = "signal.signal(2, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT)"
+    process = started(job("one", interrupts), report)
+    assert process.wait(timeout=20) == 130 and is_finished(job("one")) and not is_finished(report)
+
+
+def test_a_lost_terminal_lets_every_job_save(job, tmp_path):
+    listed = tmp_path / "listed.json"
+    listed.write_text(json.dumps([job("one", SAVES).record(), job("two", SAVES).record()]))
+    text = COMMAND.format(here=str(REPOSITORY), listed=str(listed), out=str(tmp_path))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", text])
+    reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
+    reader.start()
+    wait_for(lambda: sum("ready" in line for line in order(tmp_path)) == 2)
+    os.kill(child, signal.SIGSTOP)  # so that the terminal is gone before it is told
+    os.close(terminal)
+    os.kill(child, signal.SIGCONT)
+    os.kill(child, signal.SIGHUP)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert sum("saves" in line for line in order(tmp_path)) == 2
+
+
+def read_all(descriptor):
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 1000):
+            pass
+
+
+def test_a_pipe_that_nobody_reads_changes_nothing(job, started, tmp_path):
+    process = started(job("one", "time.sleep(1)"), job("two", needs=["one"]))
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert order(tmp_path) == ["one begins", "one ends", "two begins", "two ends"]
+
+
 def test_a_killed_command_leaves_its_jobs_to_end_and_the_next_one_does_not_start_them_again(job, started, tmp_path):
     slow = "note('ready')\nwhile not (out / 'go').exists(): time.sleep(.05)"
     jobs = job("one", slow), job("two", needs=["one"])
@@ -294,6 +337,16 @@ def test_every_job_sees_the_devices_of_its_slot_alone(job, run, tmp_path):
     show = f"note(os.environ['CUDA_VISIBLE_DEVICES'])\n{MEET}"
     run(job("one", show), job("two", show), on=parse_devices("3,0+1"))
     assert {line.split()[1] for line in order(tmp_path)} >= {"3", "0,1"}
+
+
+def test_another_grouping_keeps_off_devices_that_a_job_still_has(job, run, tmp_path):
+    held = try_lock(tmp_path / "jobs" / "slots" / "gpu1.lock")
+    try:
+        ended = job("one", "(out / 'seen').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
+        run(ended, on=parse_devices("0+1,2+3"))
+        assert (tmp_path / "seen").read_text() == "2,3"
+    finally:
+        os.close(held)
 
 
 def test_what_needs_no_device_runs_beside_them(job, run, tmp_path):
@@ -362,6 +415,18 @@ def test_measured_memory_takes_the_place_of_the_guess(job, run, tmp_path, monkey
     (tmp_path / "order").unlink()
     run(*(job(f"b{number}", "time.sleep(.4)", about=about, expected_gib=5.0) for number in range(2)), on=on)
     assert most_at_once(tmp_path) == 2
+
+
+def test_a_job_that_once_took_more_than_there_is_runs_alone_after_a_while(job, run, tmp_path, monkeypatch):
+    before = job("before", about={"model": "m"})
+    run(before)
+    Manifest(tmp_path).update("before", peak_memory_gib=100.0)
+    monkeypatch.setattr(of_pool, "available_gib", lambda: 3.0)
+    monkeypatch.setattr(of_pool, "PATIENCE", 1.0)
+    cpus = parse_devices("cpu:1")
+    began = time.monotonic()
+    assert run(before, job("again", about={"model": "m"}), on=cpus)[0] == 0
+    assert time.monotonic() - began >= 1.0
 
 
 def test_what_the_command_itself_holds_is_not_a_job_s_memory(job, run, tmp_path):

@@ -103,12 +103,12 @@ def _arrays(jobs: Sequence[Job]) -> list[tuple[int, list[Job]]]:
 def _script(folder: Path, name: str, first: int, count: int, program: Path) -> str:
     listed = (folder / "jobs.json").absolute()
     command = shlex.join([sys.executable, str(program), "run-job", str(listed)])
-    logs = (folder / "slurm-%A_%a.log").absolute()
+    logs = str(folder.absolute()).replace("%", "%%") + "/slurm-%A_%a.log"
     return f"""#!/bin/bash
 #SBATCH --job-name=unisd-{name}
 #SBATCH --array=0-{count - 1}
-#SBATCH --chdir={os.getcwd()}
-#SBATCH --output={logs}
+#SBATCH --chdir={shlex.quote(os.getcwd())}
+#SBATCH --output={shlex.quote(logs)}
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:INT@{WARNING_SECONDS}

@@ -23,7 +23,7 @@ from unisd_jax.experiments.plan import completed, plan
 from unisd_jax.experiments.pool import Pool
 from unisd_jax.experiments.slots import HERE, Slot, parse_devices, require_gpus, total_gib
 from unisd_jax.experiments.state import Manifest, is_locked
-from unisd_jax.experiments.status import Screen, summary
+from unisd_jax.experiments.status import Screen, summary, tell
 from unisd_jax.interrupt import INTERRUPTED
 
 SOME_FAILED = 1
@@ -49,13 +49,13 @@ def run(asked: Asked, program: Path) -> int:
     request = completed(asked.request, repository)
     check_inputs(request.models, request.tasks, download=not asked.dry_run)
     jobs = plan(request, repository)
+    slots = [] if asked.cluster is not None else parse_devices(asked.devices)
     if asked.dry_run:
         print("\n".join(describe(jobs)))
         return 0
     if asked.cluster is not None:
         print("\n".join(write_slurm(asked.cluster, jobs, program)))
         return 0
-    slots = parse_devices(asked.devices)
     require_gpus(slots)
     total = total_gib()
     if asked.memory_gib is not None and total is not None and asked.memory_gib > total:
@@ -70,9 +70,9 @@ def run_pool(jobs: Sequence[Job], slots: Sequence[Slot], manifest: Manifest, mem
     skipped = [state for state in pool.states.values() if state in GOOD]
     screen.say(f"{len(jobs)} jobs, {len(skipped)} finished or not needed, on {', '.join(slot.name for slot in slots)}")
     states = pool.run()
-    print("\n".join(summary(jobs, states, slots[0].environment)))
+    tell("\n".join(summary(jobs, states, slots[0].environment)))
     if pool.was_stopped:
-        print("interrupted: the same command continues", file=sys.stderr)
+        tell("interrupted: the same command continues", sys.stderr)
         return INTERRUPTED
     return 0 if all(state in GOOD for state in states.values()) else SOME_FAILED
 

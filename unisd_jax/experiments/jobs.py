@@ -114,14 +114,15 @@ def is_begun(job: Job) -> bool:
 def first_states(jobs: Sequence[Job]) -> dict[str, str]:
     """`FINISHED`, `UNNEEDED` or `WAITING` for every job; `jobs` are in an order in which they can run.
 
-    A cache whose users are all finished is not needed. A report is only as new as what it reports.
+    A cache whose users are among `jobs` and all finished is not needed. A report is only as new as what it reports.
     """
     states: dict[str, str] = {}
     for job in jobs:
         fresh = job.kind != "report" or all(states.get(name, FINISHED) in GOOD for name in job.needs)
         states[job.name] = FINISHED if fresh and is_finished(job) else WAITING
+    used = {name for job in jobs for name in job.needs}
     wanted = {name for job in jobs if states[job.name] == WAITING for name in job.needs}
-    unneeded = (job.name for job in jobs if job.kind == "cache" and job.name not in wanted)
+    unneeded = (job.name for job in jobs if job.kind == "cache" and job.name in used - wanted)
     return states | {name: UNNEEDED for name in unneeded if states[name] == WAITING}
 
 

@@ -1,6 +1,7 @@
 """The command line of run_experiments.py: read once, so that it does not matter where an option stands."""
 
 import argparse
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class Asked:
     cluster: Path | None
 
 
+class _Once(argparse.Action):
+    """An option with one value: of two, one would be forgotten without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = getattr(namespace, self.dest)
+        if earlier not in (self.default, values):
+            parser.error(f"{option_string} is given twice; leave one of them out")
+        setattr(namespace, self.dest, values)
+
+
 def parse(argv: Sequence[str]) -> Asked:
     """Reads the words after the program's name; `--help` prints the usage and exits.
 
@@ -49,6 +60,11 @@ def parse(argv: Sequence[str]) -> Asked:
     for name in given.bases:
         if not Path(name).is_file():
             raise ConfigError(f"--config {name} is not a file; expected what all runs have in common, as YAML")
+    swept = [f"--{name}" for name in ("views", "gammas") if getattr(given, name) is not None]
+    if swept and "sensitivity" not in names:
+        raise ConfigError(f"{swept[0]} is for the experiment sensitivity, which is not among {', '.join(names)}")
+    if given.cluster and (given.devices is not None or given.memory_gib is not None):
+        raise ConfigError("--devices and --memory-gib are for this machine; with --cluster give submit.sh sbatch's own")
     if given.memory_gib is not None and not given.memory_gib > 0:
         raise ConfigError(f"--memory-gib is {given.memory_gib}, expected the GiB that one job takes, above 0")
     cluster = None
@@ -58,7 +74,7 @@ def parse(argv: Sequence[str]) -> Asked:
         cluster = Path(given.cluster[1])
     request = Request(
         experiments=names, output_dir=given.output_dir, bases=tuple(given.bases), overrides=tuple(kept),
-        views=given.views, gammas=given.gammas, evaluate=given.evaluate, **lists,
+        views=given.views or VIEWS, gammas=given.gammas or GAMMAS, evaluate=given.evaluate, **lists,
     )  # fmt: skip
     return Asked(request, given.devices, given.memory_gib, given.dry_run, cluster)
 
@@ -91,23 +107,23 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, once = parser.add_argument, functools.partial(parser.add_argument, action=_Once)
     known = [*EXPERIMENTS, "all"]
     add("experiments", nargs="+", choices=known, metavar="EXPERIMENT", help=", ".join(known))
-    add("--models", type=_list_of(str), default=(), help="folders or hub ids: a,b; else the configuration's")
-    add("--tasks", type=_list_of(str), default=(), help="as data.task: a,b; else the configuration's")
-    add("--seeds", type=_list_of(int), default=(), help="such as 0,1,2; else the configuration's")
-    add("--devices", help="0,1: GPUs; 0+1,2+3: two for each job; tpu:0,1; cpu:2: two jobs at once; else all GPUs")
+    once("--models", type=_list_of(str), default=(), help="folders or hub ids: a,b; else the configuration's")
+    once("--tasks", type=_list_of(str), default=(), help="as data.task: a,b; else the configuration's")
+    once("--seeds", type=_list_of(int), default=(), help="such as 0,1,2; else the configuration's")
+    once("--devices", help="0,1: GPUs; 0+1,2+3: two for each job; tpu:0,1; cpu:2: two jobs at once; else all GPUs")
     common = "what all runs have in common, beside their mode; of several, the later win"
     add("--config", dest="bases", action="append", default=[], metavar="BASE.yaml", help=common)
-    add("--preset", choices=["none", "command", "launcher"], help="hyper-parameters of the paper's release")
-    add("--output-dir", default="runs/experiments", help="where everything is kept (default: %(default)s)")
-    add("--views", type=_list_of(int), default=VIEWS, help="K of sensitivity (default: 3,4,5,6,7)")
-    add("--gammas", type=_list_of(float), default=GAMMAS, help="gamma of sensitivity (default: 0.01,0.1,1)")
+    once("--preset", choices=["none", "command", "launcher"], help="hyper-parameters of the paper's release")
+    once("--output-dir", default="runs/experiments", help="where everything is kept (default: %(default)s)")
+    once("--views", type=_list_of(int), help="K of sensitivity (default: 3,4,5,6,7)")
+    once("--gammas", type=_list_of(float), help="gamma of sensitivity (default: 0.01,0.1,1)")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="measure what was trained")
-    add("--memory-gib", type=float, help="memory of one job on a CPU (default: measured on earlier ones)")
+    once("--memory-gib", type=float, help="memory of one job on a CPU (default: measured on earlier ones)")
     add("--dry-run", action="store_true", help="print every job and run nothing")
-    add("--cluster", nargs=2, metavar=("slurm", "DIR"), help="write SLURM scripts and a list of jobs; run nothing")
+    once("--cluster", nargs=2, metavar=("slurm", "DIR"), help="write SLURM scripts and a list of jobs; run nothing")
     return parser
 
 

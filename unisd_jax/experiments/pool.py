@@ -1,5 +1,6 @@
 """Runs a graph of jobs on slots, each as a process of its own, and ends them all when asked to."""
 
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from unisd_jax.metrics import clock
 POLL = 0.2  # seconds between two looks at the processes
 GRACE = 300.0  # seconds that a job has to save after Ctrl-C, before it is ended
 TERM_GRACE = 10.0  # seconds from there until it is killed
+PATIENCE = 300.0  # seconds that a job waits, with none of ours running, for memory that others hold
 # A result is worth more than another run begun.
 ORDER = {"cache": 0, "evaluate": 1, "train": 2, "report": 3}
 
@@ -56,6 +58,7 @@ class Pool:
         self.running: dict[str, Process] = {}
         self.finished = [record for record in manifest.read().values() if record.get("state") == FINISHED]
         self.note = ""  # why something waits
+        self._idle_since = time.monotonic()  # since when none of ours runs
         self.was_stopped = False
         self._memory_gib = memory_gib
         self._locks = manifest.path.parent / "jobs" / "slots"
@@ -113,7 +116,7 @@ class Pool:
                 self._set(job, ELSEWHERE)
                 self.screen.event("elsewhere", job, "a process from before, or of another command, works on it")
             return True
-        slot_lock = None
+        slot_locks: list[int] = []
         try:
             if job.kind != "report" and of_jobs.is_finished(job):
                 self._set(job, FINISHED)
@@ -121,14 +124,13 @@ class Pool:
                 return True
             if not self._fits(job):
                 return False
-            slot, slot_lock = self._free_slot(job)
+            slot, slot_locks = self._free_slot(job)
             if slot is not None:
-                self._start(job, slot, [held for held in (lock, slot_lock) if held is not None])
+                self._start(job, slot, [lock, *slot_locks])
             return True
         finally:
-            for descriptor in (lock, slot_lock):
-                if descriptor is not None:
-                    os.close(descriptor)
+            for descriptor in (lock, *slot_locks):
+                os.close(descriptor)
 
     def _open_slots(self, job: Job) -> list[Slot]:
         """The slots for such jobs on which none of ours runs."""
@@ -136,15 +138,18 @@ class Pool:
         apart = any(not slot.device for slot in self.slots)
         return [slot for slot in self.slots if slot.name not in used and (not apart or slot.device == job.device)]
 
-    def _free_slot(self, job: Job) -> tuple[Slot | None, int | None]:
-        """A slot where the job can run, and its lock: a job that outlived an earlier command still holds its own."""
+    def _free_slot(self, job: Job) -> tuple[Slot | None, list[int]]:
+        """A slot where the job can run, and its locks: a job that outlived an earlier command still holds its own."""
         for slot in self._open_slots(job):
             if not slot.exclusive:
-                return slot, None
-            lock = try_lock(self._locks / f"{slot.name}.lock")
-            if lock is not None:
-                return slot, lock
-        return None, None
+                return slot, []
+            locks = [try_lock(self._locks / f"{name}.lock") for name in slot.parts or (slot.name,)]
+            held = [lock for lock in locks if lock is not None]
+            if len(held) == len(locks):
+                return slot, held
+            for lock in held:
+                os.close(lock)
+        return None, []
 
     # --- Memory ---
 
@@ -155,9 +160,14 @@ class Pool:
         if free is None:
             return True
         needed, is_guess = self._expected_gib(job)
+        if self.running:
+            self._idle_since = time.monotonic()
+        # Alone, a guess may be wrong, and what was measured may have been on a larger machine.
+        patience = 0.0 if is_guess else (PATIENCE if self._memory_gib is None else math.inf)
+        is_alone = not self.running and time.monotonic() - self._idle_since >= patience
         for process in self.running.values():
             free -= max(0.0, self._expected_gib(process.job)[0] - resident_gib(process.popen.pid))
-        if needed <= free or (is_guess and not self.running):
+        if needed <= free or is_alone:
             return True
         self.note = f"{job.name} waits for memory: needs {needed:.1f} GiB, {max(free, 0):.1f} are free"
         return False
@@ -179,7 +189,8 @@ class Pool:
 
     def _start(self, job: Job, slot: Slot, locks: list[int]) -> None:
         of_jobs.write_config(job)
-        job.marker.unlink(missing_ok=True)
+        for old in (job, *(other for other in self.jobs.values() if other.kind == "report")):
+            old.marker.unlink(missing_ok=True)  # a report is only as new as what it reports
         self.manifest.update(job.name, state=RUNNING, slot=slot.name)
         self.states[job.name] = RUNNING
         words = job.words(slot.environment)
@@ -232,9 +243,9 @@ class Pool:
         """Ends all processes: SIGINT, so that they save; later SIGTERM, then SIGKILL, at once when asked twice."""
         if not self.running:
             return
-        self.screen.say(f"stopping {len(self.running)} jobs, which save first (once more to stop at once)")
         for process in self.running.values():
             _signal(process.popen.pid, signal.SIGINT)
+        self.screen.say(f"stopping {len(self.running)} jobs, which save first (once more to stop at once)")
         began, terminated = time.monotonic(), False
         while self.running:
             waited = time.monotonic() - began
@@ -285,9 +296,15 @@ def _signals() -> Iterator[list[int]]:
     """The signals that ask to stop, as they come. One that is ignored, as under nohup, stays so."""
     asked: list[int] = []
     earlier = {}
+
+    def ask(number: int, _frame: object) -> None:
+        # A terminal that closes says so twice: the kernel and the shell.
+        if number != signal.SIGHUP or number not in asked:
+            asked.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            earlier[number] = signal.signal(number, lambda number, _frame: asked.append(number))
+            earlier[number] = signal.signal(number, ask)
     try:
         yield asked
     finally:

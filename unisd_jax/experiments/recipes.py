@@ -27,6 +27,7 @@ OFF: dict[str, dict[str, Any]] = {
     "ema": {"teacher.ema": False},
     "agreement": {
         "objective.agreement.level": "none",
+        "objective.agreement.budget.share": 1.0,
         "teacher.contexts.num_auxiliary_contexts": 0,
         "teacher.contexts.method": "random",
     },

@@ -18,7 +18,7 @@ class Slot:
     """One place for one job at a time. `environment` shows the job its devices and no others.
 
     `cores` are those that the job may use, all where there are none. `device`: whether it has what `Job.device` means.
-    `exclusive`: no other command may use it meanwhile.
+    `exclusive`: no other command may use it meanwhile. `parts` are its devices, which another grouping has elsewhere.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Slot:
     device: bool = True
     is_cpu: bool = False
     exclusive: bool = True
+    parts: tuple[str, ...] = ()
 
 
 HERE = Slot("here", exclusive=False)  # what a scheduler has given to this process
@@ -83,7 +84,8 @@ def require_gpus(slots: list[Slot]) -> None:
 
 
 def _gpu_slot(names: tuple[str, ...]) -> Slot:
-    return Slot(f"gpu{'+'.join(names)}", {"CUDA_VISIBLE_DEVICES": ",".join(names)})
+    parts = tuple(f"gpu{name}" for name in names)
+    return Slot(f"gpu{'+'.join(names)}", {"CUDA_VISIBLE_DEVICES": ",".join(names)}, parts=parts)
 
 
 def _tpu_slot(names: tuple[str, ...]) -> Slot:
@@ -91,7 +93,8 @@ def _tpu_slot(names: tuple[str, ...]) -> Slot:
         known = ", ".join(map(str, TPU_BOUNDS))
         raise ConfigError(f"--devices puts {len(names)} chips of a TPU together, expected {known} of them")
     environment = {"TPU_VISIBLE_CHIPS": ",".join(names), "TPU_PROCESS_BOUNDS": "1,1,1"}
-    return Slot(f"tpu{'+'.join(names)}", environment | {"TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS[len(names)]})
+    environment |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS[len(names)]}
+    return Slot(f"tpu{'+'.join(names)}", environment, parts=tuple(f"tpu{name}" for name in names))
 
 
 def _cpu_slots(number: str) -> list[Slot]:

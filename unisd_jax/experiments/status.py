@@ -1,12 +1,15 @@
 """What is said while jobs run: a live table on a terminal, a line for each event anywhere else."""
 
+import errno
+import os
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -21,6 +24,24 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 60.0  # seconds between two lines on how far everything is
 SHOWN = 12  # lines of a failed job's log
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line. A terminal that is gone or a pipe that nobody reads must not end what runs: then, silence."""
+    with _silence_if_lost(stream or sys.stdout):
+        print(text, file=stream or sys.stdout, flush=True)
+
+
+@contextmanager
+def _silence_if_lost(stream: TextIO) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Screen:
@@ -39,20 +60,22 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live is not None:
+        if self._live is None:
+            tell(text)
+            return
+        with _silence_if_lost(sys.stdout):
             self._console.print(Text(text), soft_wrap=True)
-        else:
-            print(text, flush=True)
 
     def show(self, pool: "Pool") -> None:
         """How far everything is, now and then."""
         now = time.monotonic()
         if self._is_terminal and now - self._shown >= 1:
             self._shown = now
-            if self._live is None:
-                self._live = Live(console=self._console, auto_refresh=False, transient=True)
-                self._live.start()
-            self._live.update(_table(pool), refresh=True)
+            with _silence_if_lost(sys.stdout):
+                if self._live is None:
+                    self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                    self._live.start()
+                self._live.update(_table(pool), refresh=True)
         elif not self._is_terminal and now - self._line >= LINE_EVERY:
             self._line = now
             self.say(f"{time.strftime('%H:%M:%S')}  {overview(pool)}")
@@ -60,7 +83,8 @@ class Screen:
     def close(self) -> None:
         """Takes the table away; the events stay."""
         if self._live is not None:
-            self._live.stop()
+            with _silence_if_lost(sys.stdout):
+                self._live.stop()
             self._live = None
 
 
