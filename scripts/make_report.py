@@ -11,7 +11,7 @@ from pathlib import Path
 
 from unisd_jax.errors import UserError, report_error
 from unisd_jax.overview.page import make_report
-from unisd_jax.report import CONFIG_FILE
+from unisd_jax.overview.reading import file_of_a_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _default(folders: Sequence[Path]) -> Path:
-    """Beside the runs; a run's own directory has a report.md already."""
-    of_runs = len(folders) == 1 and not (folders[0] / CONFIG_FILE).exists()
+    """Beside the runs; the folder of a run or of an evaluation has a report.md already."""
+    of_runs = len(folders) == 1 and file_of_a_run(folders[0]) is None
     return (folders[0] if of_runs else Path()) / "report.html"
 
 

@@ -18,8 +18,9 @@ import yaml
 from unisd_jax.config import load_config, to_dict
 from unisd_jax.errors import UserError
 from unisd_jax.eval.statistics import paired_bootstrap, paired_seeds_interval, seeds_interval, wilson_interval
+from unisd_jax.experiments.recipes import OFF
 from unisd_jax.experiments.state import Manifest
-from unisd_jax.overview import details, tables
+from unisd_jax.overview import charts, details, tables
 from unisd_jax.overview.blocks import Cell, Charts, Table
 from unisd_jax.overview.groups import Study, group
 from unisd_jax.overview.page import make_report, report
@@ -112,7 +113,7 @@ def grades(seed: int, share: float, items: int = N) -> np.ndarray:
 
 
 def make_evaluation(
-    folder: Path, own, base=None, *, model=None, task="short_answers", released=None, **changes
+    folder: Path, own, base=None, /, *, model=None, task="short_answers", released=None, **changes
 ) -> Path:
     """A finished evaluation below a run, of its checkpoint unless `model` says otherwise."""
     place = folder / "evaluation" / f"{task}-{len(list(folder.glob('evaluation/*')))}"
@@ -340,6 +341,39 @@ def test_both_scorers_stand_side_by_side(tmp_path):
     assert [cell.text for cell in row] == [f"{100 * scores.mean():.1f}" for scores in (grades(0, 0.4), released)]
 
 
+def test_a_gain_over_another_model_stays_apart(tmp_path):
+    """`measure.base` of one run is not the model that the others began with."""
+    other = np.where(np.arange(N) % 10 < 6, 1, 0)
+    for mode, base, path in (("sft", BASE, MODEL), ("ema", other, "models/another")):
+        make_evaluation(make_run(tmp_path / mode, mode), grades(1, 0.5), base, base=path)
+    study = study_of(tmp_path)
+    rows = cells(table_of(tables.gains(study), "Before and after"))
+    told = {mode: [cell.text for cell in row[:2]] for mode, row in rows.items()}
+    assert told == {
+        "sft": ["short_answers", f"{100 * BASE.mean():.1f}"],
+        "ema": ["short_answers compared with another", "60.0"],
+    }
+    results = cells(table_of(tables.results(study), "Exact match"))
+    assert [cell.text for cell in results["base model"]] == [f"{100 * BASE.mean():.1f}", "not measured"]
+
+
+def test_the_model_before_training_may_be_compared_with_by_another_path(tmp_path):
+    makes = (("sft", f"./{MODEL}/", "w1"), ("ema", "/elsewhere/models/tiny", "w1"), ("clip", "/elsewhere/tiny", "w2"))
+    for mode, path, weights in makes:
+        identity = {"items": "same", "scores": {"base": {"weights": weights}}}
+        make_evaluation(make_run(tmp_path / mode, mode), grades(1, 0.5), BASE, base=path, identity=identity)
+    assert [column.base for column in study_of(tmp_path).columns] == ["", "/elsewhere/tiny"]
+
+
+def test_before_a_training_that_goes_on_from_an_adapter_is_not_the_model(tmp_path):
+    make_run(tmp_path / "a", "ema", before=0.4, overrides=("--model.trainable=lora", "--model.lora.start=sft/adapter"))
+    make_run(tmp_path / "b", "sft", before=0.2)
+    study = study_of(tmp_path)
+    assert [ends.values["exact"].mean for ends in study.bases[MODEL].values()] == [0.2]
+    rows = cells(table_of(tables.gains(study), "Before and after"))
+    assert [rows[mode][1].text for mode in ("ema", "sft")] == ["40.0", "20.0"]
+
+
 # --- The best of a column ---
 
 
@@ -405,12 +439,64 @@ def test_a_mode_trained_for_each_task_has_one_row(tmp_path):
     assert [cell.text for cell in rows["ema"]] == ["60.0", "40.0"]  # gsm8k, short_answers
 
 
+def test_trainings_on_one_task_with_other_data_have_rows_of_their_own(tmp_path):
+    other = {"short_answers": 40, "gsm8k": 50}
+    for task, items in other.items():
+        for name, limit, size, after in (("few", 100, items, 0.3), ("many", 5000, N, 0.5)):
+            options = (f"--data.task={task}", f"--data.train_limit={limit}", f"--train.steps={limit}")
+            options += (f"--data.test_limit={size}",)
+            make_run(tmp_path / f"{name}-{task}", overrides=options, after=after, items=size)
+    rows = cells(table_of(tables.results(study_of(tmp_path)), "Exact match"))
+    assert [[cell.text for cell in row] for row in list(rows.values())[1:]] == [
+        ["30.0", "not measured", "30.0", "not measured"], ["not measured", "50.0", "not measured", "50.0"],
+    ]  # fmt: skip
+    few, many = list(rows)[1:]
+    assert all(f"task={task}, train_limit=100" in few and f"task={task}, train_limit=5000" in many for task in other)
+
+
+def test_custom_modes_are_named_and_drawn_by_what_is_on(tmp_path):
+    for part in ("contrast", "matching"):
+        options = [f"--{name}={json.dumps(value)}" for name, value in OFF[part].items()]
+        folder = make_run(tmp_path / part, "unisd_star")
+        (folder / "config.yaml").write_text(config_text("unisd_star", ("--mode=custom", *options)))
+    study = study_of(tmp_path)
+    names = ["custom ema_agreement_contrast", "custom ema_agreement_matching"]
+    assert list(cells(table_of(tables.results(study), "Exact match")))[1:] == names
+    styles = charts.mode_styles(study)
+    assert len({styles[name] for name in names}) == 2
+
+
+def test_notes_are_as_long_as_it_takes_to_tell_configurations_apart(tmp_path):
+    options = ("--data.train_limit=9", "--data.test_limit=9", "--data.shuffle=false"), ("--optimizer.weight_decay=0.1",)
+    for place, chosen in enumerate(((), options[0], options[1], (*options[0], "--rollout.temperature=0.5"))):
+        make_run(tmp_path / str(place), overrides=chosen)
+    notes = [one.note for one in study_of(tmp_path).groups]
+    assert len(set(notes)) == 4 and all(note.count("=") == 5 for note in notes)
+
+
+def test_runs_of_unknown_settings_have_names_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name, leave_out=("config.yaml",))
+    rows = cells(table_of(tables.results(study_of(tmp_path)), "Exact match"))
+    assert list(rows)[1:] == ["ema (settings of a unknown)", "ema (settings of b unknown)"]
+
+
 def test_the_same_seed_twice_counts_once(tmp_path):
     make_run(tmp_path / "a", after=0.4)
     make_run(tmp_path / "copy", after=0.4)
     study = study_of(tmp_path)
     row = cells(table_of(tables.results(study), "Exact match"))["ema"]
     assert row[0].notes[1].startswith("1 ×") and "copy: the same configuration and seed as a" in warned(study)
+
+
+def test_a_start_that_was_given_up_hides_no_result(tmp_path):
+    make_run(tmp_path / "a", leave_out=("result.json", "samples.jsonl"), steps=3)
+    make_evaluation(make_run(tmp_path / "b", leave_out=("result.json",)), grades(0, 0.4), BASE)
+    assert [run.label for one in study_of(tmp_path).groups for run in one.runs] == ["b"]
+    make_run(tmp_path / "c", after=0.4)
+    study = study_of(tmp_path)
+    assert cells(table_of(tables.results(study), "Exact match"))["ema"][0].text == "40.0"
+    assert all(f"{name}: the same configuration and seed as c" in warned(study) for name in ("a", "b"))
 
 
 def test_what_changes_no_number_keeps_no_runs_apart(tmp_path):
@@ -456,6 +542,20 @@ def test_cost_is_by_device_hour_with_the_source_of_the_energy(tmp_path):
     # 100,000 tokens in 180 seconds on two devices
     assert row["tokens per device-hour (thousands)"].text == "1,000" and row["n"].text == "2"
     assert row["source"].text == "estimate" and row["export (s)"] == row["of a device (GiB)"] == tables.MISSING
+
+
+def test_a_resumed_run_is_in_no_mean_of_seconds_and_energy(tmp_path):
+    phases = {"setup": {"seconds": 9.0}, "rollout": {"seconds": 5.0}, "update": {"seconds": 5.0}}
+    rest = RESOURCES | {"phases": phases, "seconds": 30.0, "energy_kwh": 0.0001, "peak_memory_gib": 6.25}
+    for seed, resources in enumerate((RESOURCES, rest)):
+        make_run(tmp_path / f"ema-{seed}", seed=seed, resources=resources, seconds={"training": 180.3, "total": 204.0})
+    found = table_of(details.costs(study_of(tmp_path)), "Cost")
+    row = {heading: cell for heading, cell in zip(found.headings[1:], cells(found)["ema"], strict=True)}
+    assert row["n"] == Cell("2", ("1 resumed",))
+    told = {"setup (s)": "4.0", "rollout (s)": "90.0", "update (s)": "90.0", "whole run (s)": "200.0"}
+    for heading, text in (told | {"energy (kWh)": "0.0021", "kWh per million tokens": "0.02"}).items():
+        assert row[heading] == Cell(text, ("of 1 only",)), heading
+    assert row["peak memory (GiB)"] == Cell("5.25")
 
 
 def test_only_options_that_differ_are_listed(tmp_path):
@@ -679,12 +779,29 @@ def test_a_folder_of_runs_holds_its_report_and_folders_of_jobs_hold_no_run(tmp_p
     assert (first, second) == ("1 runs: runs/report.html, runs/report.md", "1 runs: report.html, report.md")
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "summary.json", "items.jsonl"])
+def test_the_report_of_a_run_or_an_evaluation_stays(tmp_path, capsys, monkeypatch, script, name):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/ema/evaluation/mbpp-1a2b")
+    folder.mkdir(parents=True)
+    (folder / name).write_text("{}")
+    (folder / "report.md").write_text("its own")
+    assert script.main([str(folder), "--out", str(folder / "report.html")]) == 2
+    told = f"--out {folder}/report.html: {folder} is a run directory or an evaluation (it has {name})"
+    assert told in capsys.readouterr().err
+    assert script.main([str(folder)]) == 0 and Path("report.html").exists()
+    assert (folder / "report.md").read_text() == "its own"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is not a directory: expected a run"),
         (["empty"], "no run in empty: expected directories with config.yaml"),
-        (["ema", "--out", "ema/report.html"], "ema is a run directory with a report.md of its own"),
+        (
+            ["ema", "--out", "ema/report.html"],
+            "ema is a run directory or an evaluation (it has config.yaml) with a report.md of its own",
+        ),
         (["ema", "--out", "report.md"], "expected a name that ends with .html"),
     ],
 )
@@ -724,11 +841,21 @@ def test_a_hundred_runs_take_less_than_twenty_seconds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.2, 0.2), (0, 0), (-0.013, 0.4), (1e-9, 2e-9), (3, 12345), (-5, -4)]
+    ("low", "high"),
+    [(0, 1), (0.2, 0.2), (0, 0), (-0.013, 0.4), (1e-9, 2e-9), (3, 12345), (-5, -4), (0.19, np.nextafter(0.19, 1))],
 )
 def test_ticks_hold_the_values_and_are_few(low, high):
     found = ticks(low, high, 5)
-    assert found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 and 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 and 2 <= len(set(found)) <= 8
+
+
+def test_a_curve_that_stays_where_it_is_can_be_drawn(tmp_path):
+    """The mean of three seeds' 0.19 is not 0.19 in the last bit."""
+    records = "".join(f'{{"step": {step}, "eval_exact": 0.19}}\n' for step in (10, 20))
+    for seed in range(3):
+        (make_run(tmp_path / f"ema-{seed}", seed=seed) / "metrics.jsonl").write_text(records)
+    (found,) = [block for block in charts.curves(study_of(tmp_path)) if isinstance(block, Charts)]
+    assert [chart.numbers.rows[0][2:] for chart in found.charts] == [["0.19"] * 4]
 
 
 def luminance(color: str) -> float:

@@ -9,7 +9,8 @@ import numpy as np
 from unisd_jax.overview.blocks import Block, Chart, Charts, Heading, Legend, Table, Text
 from unisd_jax.overview.estimates import over_seeds
 from unisd_jax.overview.files import number
-from unisd_jax.overview.groups import Column, Group, Study, short
+from unisd_jax.overview.groups import Group, Study, short
+from unisd_jax.overview.measurements import Column
 from unisd_jax.overview.reading import Run
 from unisd_jax.overview.svg import COLORS, Line, Point, Style, lines, scatter, swatch
 from unisd_jax.overview.tables import column_names

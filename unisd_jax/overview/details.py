@@ -27,10 +27,11 @@ def costs(study: Study) -> Iterator[Block]:
         yield Text("Not measured: no run here has finished with a record of its resources.")
         return
     yield Text(
-        "Means over the finished seeds, of the process that finished each run. Tokens are those that the networks read "
-        "or wrote in the phases `rollout` and `update`, prompts and every view included, and device-hours those of "
-        "these phases. Energy is of the whole run; its source is `nvml` where the GPUs counted it, else an estimate "
-        "from time and constants."
+        "Means over the finished seeds, of the process that finished each run. One that was stopped and resumed has "
+        "measured only its last part: it is counted as resumed and is in no mean of seconds and energy. Tokens are "
+        "those that the networks read or wrote in the phases `rollout` and `update`, prompts and every view included, "
+        "and device-hours those of these phases. Energy is of the whole run; its source is `nvml` where the GPUs "
+        "counted it, else an estimate from time and constants."
     )
     headings = ["mode", "device", "n", "tokens per device-hour (thousands)", *(f"{name} (s)" for name in _PHASES)]
     headings += [
@@ -154,18 +155,32 @@ def lacks(run: Run) -> str:
 
 
 def _cost(one: Group) -> list[str | Cell]:
-    found = [record for run in one.runs if (record := mapping(run.result, "resources"))]
-    seconds = [[number(record, "phases", phase, "seconds") for record in found] for phase in _PHASES]
+    measured = [run for run in one.runs if mapping(run.result, "resources")]
+    found, partial = [mapping(run.result, "resources") for run in measured], [_was_resumed(run) for run in measured]
+    resumed = (f"{sum(partial)} resumed",) if any(partial) else ()
+
+    def whole(*names: str) -> list[float | None]:
+        """What runs have used from their beginning to their end, None where only their last part was measured."""
+        return [None if part else number(record, *names) for record, part in zip(found, partial, strict=True)]
+
     speeds = [_tokens_per_device_hour(record) for record in found]
     peaks = [max(values) if (values := _numbers(record.get("peak_device_memory_gib"))) else None for record in found]
     sources = {str(record.get("energy_source", "unknown")) for record in found}
     devices = {f"{number(record, 'devices') or 0:.0f} × {record.get('device', 'unknown')}" for record in found}
-    row: list[str | Cell] = [_named(one), " and ".join(sorted(devices)), f"{len(found)}", _mean(speeds, ",.0f", 1e-3)]
-    row += [_mean(values, ".1f") for values in seconds]
-    row += [_mean([number(record, "seconds") for record in found], ".1f")]
+    row: list[str | Cell] = [_named(one), " and ".join(sorted(devices)), Cell(f"{len(found)}", resumed)]
+    row += [_mean(speeds, ",.0f", 1e-3), *(_mean(whole("phases", phase, "seconds"), ".1f") for phase in _PHASES)]
+    row += [_mean(whole("seconds"), ".1f")]
     row += [_mean([number(record, "peak_memory_gib") for record in found], ".2f"), _mean(peaks, ".2f")]
-    row += [_mean([number(record, "energy_kwh") for record in found], ".3g"), " and ".join(sorted(sources))]
-    return [*row, _mean([number(record, "kwh_per_million_tokens") for record in found], ".3g")]
+    row += [_mean(whole("energy_kwh"), ".3g"), " and ".join(sorted(sources))]
+    return [*row, _mean(whole("kwh_per_million_tokens"), ".3g")]
+
+
+def _was_resumed(run: Run) -> bool:
+    """Whether the process that finished a run took only some of its steps: all of them add up to more seconds."""
+    steps = number(run.result, "seconds", "training")
+    phases = [number(run.result, "resources", "phases", name, "seconds") or 0 for name in _TRAINING]
+    # The sum is stored to a tenth of a second; reading the energy counters is part of a step and of no phase.
+    return steps is not None and steps - sum(phases) > 0.1 + 0.02 * steps
 
 
 def _named(one: Group) -> Cell:

@@ -14,7 +14,7 @@ from unisd_jax.eval.statistics import (
     wilson_interval,
 )
 from unisd_jax.eval.summary import estimate, gain
-from unisd_jax.overview.groups import Ends, Measurement
+from unisd_jax.overview.measurements import Ends, Measurement
 
 # What an interval allows to be otherwise: other seeds and other items, other items only, other seeds only.
 BOTH, ITEMS, SEEDS, NOTHING = "s+i", "i", "s", "none"

@@ -10,8 +10,7 @@ from unisd_jax.overview.blocks import Block, Text
 from unisd_jax.overview.groups import Study, group, short
 from unisd_jax.overview.html import render_html
 from unisd_jax.overview.markdown import render_markdown
-from unisd_jax.overview.reading import read_all
-from unisd_jax.report import CONFIG_FILE
+from unisd_jax.overview.reading import file_of_a_run, read_all
 
 SECTIONS = (
     tables.results,
@@ -32,13 +31,14 @@ def make_report(paths: Sequence[Path], out: Path) -> Study:
     """Reads all runs at or below `paths`, writes `out` and the same as Markdown beside it.
 
     Raises:
-      UserError: no run there, or `out` is a file of a run.
+      UserError: no run there, or `out` would lie in a run or an evaluation.
     """
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: expected a name that ends with .html; the Markdown is written beside it as .md")
-    if (out.parent / CONFIG_FILE).exists():
+    if own := file_of_a_run(out.parent):
         raise UserError(
-            f"--out {out}: {out.parent} is a run directory with a report.md of its own; choose another folder"
+            f"--out {out}: {out.parent} is a run directory or an evaluation (it has {own}) with a report.md of its "
+            "own; name a file in another folder"
         )
     study = group(read_all(paths))
     blocks = list(report(study))

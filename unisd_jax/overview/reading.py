@@ -21,6 +21,8 @@ METRICS = ("exact", "released_exact")  # the grades of an item that the report u
 # lie the configurations of runs whose directories are elsewhere.
 _SKIPPED = {"adapter", "cache", "checkpoints", "hf", "jobs", "plots", "teacher_adapter", "wandb"}
 _RUN_FILES = {CONFIG_FILE, RESULT_FILE, METRICS_FILE}
+# Where one of these lies, a report.md is that of the run or of the evaluation.
+_WITH_A_REPORT = (CONFIG_FILE, RESULT_FILE, METRICS_FILE, SUMMARY_FILE, ITEMS_FILE)
 
 
 @dataclass(eq=False)
@@ -80,6 +82,11 @@ def read_all(paths: Sequence[Path]) -> Found:
     runs = [_read_run(folder, label, problems) for folder, label in zip(run_folders, labels, strict=True)]
     evaluations = [_read_evaluation(folder, problems) for folder in evaluation_folders]
     return Found(runs, [found for found in evaluations if found.summary], problems)
+
+
+def file_of_a_run(folder: Path) -> str | None:
+    """The first file by which a folder is a run or an evaluation with a report of its own; None where it is neither."""
+    return next((name for name in _WITH_A_REPORT if (folder / name).exists()), None)
 
 
 def _search(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:

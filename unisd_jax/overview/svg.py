@@ -131,7 +131,8 @@ def marker(style: Style, x: float, y: float) -> str:
 
 def ticks(low: float, high: float, about: int, *, whole: bool = False) -> list[float]:
     """Round values, evenly apart, from at most `low` to at least `high`."""
-    if low == high:
+    # The mean of equal numbers can differ from them in the last bit, and ticks so close would all be one number.
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / about

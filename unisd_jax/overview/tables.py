@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from unisd_jax.overview.blocks import Block, Cell, Heading, Table, Text
 from unisd_jax.overview.estimates import NOTHING, Estimate, difference, over_seeds
-from unisd_jax.overview.groups import GAMMA, Column, Group, K, Measurement, Study, differing, rows, short
+from unisd_jax.overview.groups import GAMMA, Group, K, Study, differing, rows, short
+from unisd_jax.overview.measurements import Column, Measurement
 
 MISSING = Cell("not measured")
 BASE = "base model"
@@ -58,7 +59,8 @@ def gains(study: Study) -> Iterator[Block]:
     """Before, after, gain, and what it cost in drift."""
     yield Heading("Before, after, gain")
     yield Text(
-        "Gain is in points over the model before training, on the same items. Drift is the mean JSD to that model in "
+        "Gain is in points over the model before training, or over the one that the task is said to be compared with, "
+        "on the same items; before is what that model had. Drift is the mean JSD to it in "
         "nats per token: of `evaluate` on the replies to the task, of a training run on prompts that have nothing to "
         "do with it. The two are no one measure. PPL_fit is of the gold replies, PPL_ret of the model's own under "
         "the base."
@@ -117,7 +119,7 @@ def amount(found: Estimate | None, form: str) -> Cell:
 
 
 def column_names(study: Study) -> dict[Column, str]:
-    """The task; with the kind of evaluation, the items, or a number where that does not tell columns apart."""
+    """The task and another base; the kind of evaluation, items or a number where that does not tell columns apart."""
     found: dict[Column, str] = {}
     for column in study.columns:
         alike = [other for other in study.columns if other.task == column.task]
@@ -125,6 +127,8 @@ def column_names(study: Study) -> dict[Column, str]:
         if len({other.source for other in alike}) > 1:
             name += " at the end of training" if column.source == "training" else " by evaluate"
         alike = [other for other in alike if other.source == column.source]
+        name += f" compared with {short(column.base)}" if column.base else ""
+        alike = [other for other in alike if other.base == column.base]
         if len({other.items for other in alike}) > 1:
             name += f", {column.items} items"
         alike = [other for other in alike if other.items == column.items]
@@ -151,11 +155,13 @@ def _rows(study: Study, model: str, *, base: bool = True) -> Iterator[Row]:
     """The table's rows of a model, each with what it has in the columns."""
     if base and model in study.bases:
         yield Cell(BASE), {column: [found] for column, found in study.bases[model].items()}
-    for row in rows([one for one in study.groups if one.model == model]):
+    found = rows([one for one in study.groups if one.model == model and one.measured])
+    modes = [row[0].mode for row in found]
+    for row in found:
         cells = {column: found for one in row for column, found in one.measured.items()}
-        notes = dict.fromkeys(one.note for one in row if one.note)
-        if cells:
-            yield Cell(row[0].mode, tuple(notes) if len(row) == 1 else ()), cells
+        # The columns tell the groups of a row apart, but not one row from another.
+        noted = len(row) == 1 or modes.count(row[0].mode) > 1
+        yield Cell(row[0].mode, tuple(one.note for one in row if one.note) if noted else ()), cells
 
 
 def _results_of(study: Study, model: str, name: str, caption: str) -> Table:
