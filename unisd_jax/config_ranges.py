@@ -17,7 +17,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "data.length_buckets",
             "teacher.ema_sync_steps",
             "rollout.max_completion_length",
-            "rollout.vllm.port",
             "rollout.vllm.max_sequences",
             "rollout.vllm.max_length",
             "rollout.vllm.attempts",
@@ -146,6 +145,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "logging.wandb_project",
         ),
     ),
+    ("a port, 1 to 65535", lambda x: 1 <= x <= 65535, ("rollout.vllm.port",)),
     (
         "a plain folder name",
         lambda x: x.strip() != "" and not x.startswith(".") and not set(x) & set("/\\\0"),

@@ -34,6 +34,7 @@ from unisd_jax.random import purpose_key
 from unisd_jax.resources import Phase
 from unisd_jax.rollout import RolloutEngine, Sampling
 from unisd_jax.rollout.engines import make_engine
+from unisd_jax.rollout.vllm_command import require_vllm
 from unisd_jax.step import StepSettings, init_state, weights
 from unisd_jax.teacher import student_messages
 from unisd_jax.teacher.scoring import Budget
@@ -80,6 +81,7 @@ def build(config: Config, *, read_only: bool = False, training: bool = True) -> 
       NotPrepared: `read_only`, and something is still to be made.
       UserError: data, checkpoint or mesh cannot be used; the message names the option.
     """
+    require_vllm(config)
     inputs = read_inputs(config, training=training)
     chat, train, dropped, without_negative, buckets = inputs.chat, [], 0, 0, Buckets((), ())
     if training:

@@ -1,8 +1,10 @@
 """The run directory: what is written there at the start and at the end, and reading it back."""
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import yaml
 from unisd_jax import config as configuration
 from unisd_jax.config import Config
 from unisd_jax.data.chat import Chat, load_chat
-from unisd_jax.errors import ConfigError
+from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.summary import gain, item_scores
 from unisd_jax.experiment import Experiment
-from unisd_jax.io import write_text_atomic
+from unisd_jax.io import try_flock, write_text_atomic
 from unisd_jax.metrics import METRICS_FILE, read_metrics
 from unisd_jax.models import Model, load_hf
+from unisd_jax.parallel import multihost
 from unisd_jax.provenance import environment
 
 
@@ -65,6 +68,30 @@ def open_run_dir(config: Config) -> Path:
                 f"{run_dir} holds a run with other options ({'; '.join(lines)}); choose another name or output_dir"
             )
     return run_dir
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps a run directory to this run: started a second time, it would write the same files. All processes call it.
+
+    Raises:
+      UserError: a process that lives has it.
+    """
+    lock, is_free = None, True
+    if multihost.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks
+            is_free = try_flock(lock)
+    try:
+        if any(multihost.largest(int(not is_free))):
+            raise UserError(
+                f"{run_dir}: another process is at this run; end that one first, or choose another name or output_dir"
+            )
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def write_config(run_dir: Path, config: Config) -> None:

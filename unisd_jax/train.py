@@ -43,7 +43,16 @@ from unisd_jax.programs import StepPrograms, use_compilation_cache
 from unisd_jax.progress import Progress, evaluate_before
 from unisd_jax.report import write_report
 from unisd_jax.resources import Meter, peak_memory_gib
-from unisd_jax.results import RunResult, open_run_dir, print_result, read_result, summary, write_config, write_samples
+from unisd_jax.results import (
+    RunResult,
+    held,
+    open_run_dir,
+    print_result,
+    read_result,
+    summary,
+    write_config,
+    write_samples,
+)
 from unisd_jax.rollout import RolloutFailed
 from unisd_jax.sampling_ahead import BatchQueue
 from unisd_jax.types import TrainState, Views
@@ -74,7 +83,7 @@ def run(config: Config) -> RunResult:
     meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config)
-    with contextlib.closing(experiment.sampler):
+    with contextlib.closing(experiment.sampler), held(run_dir):
         return _run(experiment, run_dir, meter, started)
 
 

@@ -115,18 +115,6 @@ def cli(workspace: Workspace, cli_environment: dict[str, str]) -> Callable[..., 
     return run
 
 
-@pytest.fixture(autouse=True)
-def no_half_written_programs(cache_dir: Path) -> Iterator[None]:
-    """Removes programs that a killed process left without their time: jax would never again write to that folder."""
-    yield
-    if not cache_dir.is_dir():
-        return
-    with FileLock(cache_dir / ".lockfile"):
-        for program in cache_dir.glob("*-cache"):
-            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
-                program.unlink()
-
-
 @pytest.fixture(scope="session")
 def compiled_once(cache_dir: Path) -> Iterator[None]:
     """The compilation cache for runs inside the test process; switched off again for the tests of other folders."""

@@ -1,6 +1,7 @@
 """What a user gets wrong: exit status 2, one line on stderr that says what and where, and nothing half-written."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 from run_checks import TRAIN_ONLY, error_line, numbers, read_metrics, write_items
 
-from unisd_jax import train
+from unisd_jax import experiment, train
 from unisd_jax.metrics import MetricsWriter
 from unisd_jax.programs import StepPrograms
 from unisd_jax.rollout import JaxSampler
@@ -50,6 +51,13 @@ def refused(main, tmp_path):
 )
 def test_options(refused, words, expected):
     assert expected in refused(*words)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_missing_vllm_is_the_first_thing_said(refused, monkeypatch, dry):
+    monkeypatch.setattr(experiment, "read_inputs", lambda *args, **options: pytest.fail("the data were read"))
+    line = refused("--rollout.engine=vllm", "--rollout.vllm.python=nowhere/python", *dry)
+    assert "rollout.vllm.python: nowhere/python is no program" in line
 
 
 def test_the_command_itself_ends_with_status_2(cli, tmp_path):
@@ -373,3 +381,12 @@ def test_a_sampler_that_was_not_told_of_new_weights_is_stopped(main, tmp_path, m
         lambda self, params, version, lora=None: version == 0 and publish(self, params, version, lora),
     )
     assert "holds policy version 0, asked for 1" in error_line(main(tmp_path, *TRAIN_ONLY))
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(main, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "run: another process is at this run" in error_line(main(tmp_path, *TRAIN_ONLY))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert main(tmp_path, *TRAIN_ONLY, "--train.steps=1").code == 0

@@ -12,6 +12,7 @@ import pytest
 from fake_vllm import FakeVllm
 from run_checks import TRAIN_ONLY, error_line, numbers, read_metrics
 
+from unisd_jax import evaluate
 from unisd_jax.config import load_config
 from unisd_jax.rollout import weights
 from unisd_jax.rollout.engines import owner_of
@@ -50,10 +51,11 @@ def fake(running):
 
 
 @pytest.fixture
-def python(tmp_path, cache_dir):
-    """An interpreter with the stand-in as its vLLM."""
+def python(tmp_path, cli_environment):
+    """An interpreter with the stand-in as its vLLM; all who share the compiled programs know their limit."""
     path = tmp_path / "python"
-    environment = f"PYTHONPATH={shlex.quote(str(REPOSITORY))} JAX_COMPILATION_CACHE_DIR={shlex.quote(str(cache_dir))}"
+    given = {name: cli_environment[name] for name in cli_environment if name.startswith(("PYTHONPATH", "JAX_"))}
+    environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
     program = shlex.join([sys.executable, str(REPOSITORY / "tests/fake_vllm.py")])
     path.write_text(f'#!/bin/sh\n{environment} exec {program} "$@"\n')
     path.chmod(0o755)
@@ -192,3 +194,11 @@ def test_the_server_ends_with_a_trainer_that_is_killed(undisturbed, cli, python,
     assert cli(tmp_path / "out", *own(python)).code == 0
     assert computed(tmp_path / "out/run")[:2] == computed(undisturbed)[:2]
     assert not shared_memory(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_after_an_evaluation_with_its_own_server_the_name_is_free_for_a_training(workspace, main, python, tmp_path):
+    words = ["--config", str(workspace.config), f"--output_dir={tmp_path}", *own(python), "--data.test_limit=2"]
+    assert evaluate.main([*words, f"--teacher.cache_dir={tmp_path / 'cache'}"]) == 0
+    assert (tmp_path / "run" / "evaluation" / "vllm.log").is_file()
+    assert main(tmp_path, *TRAIN_ONLY, "--train.steps=1").code == 0

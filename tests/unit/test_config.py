@@ -411,7 +411,7 @@ def test_an_unknown_key_deep_in_a_file(write):
 
 _OUT_OF_RANGE = {
     "rollout.staleness": ["-1"],
-    "rollout.vllm.port": ["0"],
+    "rollout.vllm.port": ["0", "65536"],
     "rollout.vllm.max_sequences": ["0"],
     "rollout.vllm.max_length": ["0"],
     "rollout.vllm.attempts": ["0"],

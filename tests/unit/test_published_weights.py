@@ -293,6 +293,15 @@ def test_the_newest_two_versions_stay(tmp_path):
     assert not (tmp_path / "sync").exists()
 
 
+def test_an_evaluation_of_the_base_between_two_equal_versions_needs_no_more_room(tmp_path, monkeypatch):
+    model, params = toys.random_model()
+    sync, write, seen = publisher(tmp_path, model), weights.write_shards, []
+    monkeypatch.setattr(weights, "write_shards", lambda *args: seen.append(versions(tmp_path)) or write(*args))
+    for version in (9, 10, 0, 10):
+        sync.write(params, version)
+    assert [len([name for name in names if name[0] == "v"]) for names in seen] == [0, 1, 1, 1], "and the one written"
+
+
 def test_there_is_room_for_two_versions_at_most_while_one_is_written(tmp_path, monkeypatch):
     model, params = toys.random_model()
     sync, seen, write = publisher(tmp_path, model), [], weights.write_shards
@@ -335,9 +344,9 @@ def shared_memory(tmp_path, monkeypatch):
 def test_shared_memory_is_used_where_two_versions_fit(tmp_path, shared_memory):
     run = tmp_path / "run"
     assert sync_folder(None, run, needed=1000, owner="a") == shared_memory / f"unisd-a-{os.getpid()}"
-    assert sync_folder(None, run, needed=10**18, owner="a") == run / "sync"
+    assert sync_folder(None, run, needed=10**18, owner="a") == run / "sync" / "a", "another owner has another folder"
     shared_memory.rename(tmp_path / "gone")
-    assert sync_folder(None, run, needed=1000, owner="a") == run / "sync"
+    assert sync_folder(None, run, needed=1000, owner="a") == run / "sync" / "a"
 
 
 def test_a_folder_that_was_asked_for_is_made_and_each_owner_has_its_own(tmp_path, shared_memory):
@@ -371,19 +380,22 @@ def test_what_dead_processes_left_is_removed_and_what_live_ones_use_is_not(tmp_p
         f"folders.SHARED_MEMORY = Path({str(shared_memory)!r})\n"
         "print(folders.sync_folder(None, Path('run'), needed=1, owner=sys.argv[1]), flush=True); time.sleep(100)"
     )
+    kept = ["other", "unisd-mine-7", "unisd-shared"]  # they hold something else than versions
     other = subprocess.Popen([sys.executable, "-c", program, "b"], stdout=subprocess.PIPE, text=True)
     try:
         used = Path(other.stdout.readline().strip())
         (used / "v00000001").mkdir()
         (shared_memory / "unisd-a-1" / "v00000001").mkdir(parents=True)
         (shared_memory / "other").mkdir()
+        (shared_memory / "unisd-shared" / "a").mkdir(parents=True)
+        (shared_memory / "unisd-mine-7" / "a").mkdir(parents=True)
         sync_folder(None, tmp_path, needed=1, owner="a")
-        assert versions(shared_memory) == sorted(["other", used.name, f"unisd-a-{os.getpid()}"])
+        assert versions(shared_memory) == sorted([*kept, used.name, f"unisd-a-{os.getpid()}"])
     finally:
         other.kill()
         other.wait()
     sync_folder(None, tmp_path, needed=1, owner="a")
-    assert versions(shared_memory) == sorted(["other", f"unisd-a-{os.getpid()}"])
+    assert versions(shared_memory) == sorted([*kept, f"unisd-a-{os.getpid()}"])
 
 
 def test_a_folder_that_another_process_removes_while_it_is_made_is_made_again(tmp_path, shared_memory, monkeypatch):

@@ -21,7 +21,7 @@ from unisd_jax.config import VllmOptions
 from unisd_jax.data.batching import pad_prompts
 from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.models import load_hf, merge, save_hf
-from unisd_jax.rollout import JaxSampler, RolloutFailed, Sampling, StaleWeights, weights
+from unisd_jax.rollout import JaxSampler, RolloutFailed, Sampling, StaleWeights, lanes, weights
 from unisd_jax.rollout.engines import is_here, own_addresses
 from unisd_jax.rollout.lanes import Lane
 from unisd_jax.rollout.probe import make_probe
@@ -298,12 +298,48 @@ def test_a_server_that_a_killed_trainer_left_paused_goes_on_for_the_same_run_alo
     fake.label, fake.paused = "one/7/000000000000", True
     other = make(fake, owner="two", request_timeout=0.5, attempts=1)
     other.publish(params[1], 1)
-    with pytest.raises(UserError, match="no answer"):
+    with pytest.raises(RolloutFailed, match="another run, one/7/000000000000: .*take_over=true"):
         generate(other, 1)
     assert fake.paused
     engine = make(fake)
     engine.publish(params[1], 1)
     assert_equal(generate(engine, 1), expected)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(make, fake, params):
+    for left, owner in (("run-1a2b3c4d-0", "run-1a2b3c4d"), ("run-1a2b3c4d", "run-1a2b3c4d-1")):
+        fake.label = f"{left}/7/000000000000"
+        engine = make(fake, owner=owner)
+        engine.publish(params[1], 1)
+        generate(engine, 1)
+    fake.label = "run-1a2b3c4d-12345678/7/000000000000"
+    stranger = make(fake, owner="run-1a2b3c4d")
+    stranger.publish(params[1], 1)
+    with pytest.raises(RolloutFailed, match="weights of another run"):
+        generate(stranger, 1)
+
+
+def test_no_more_completions_are_asked_for_at_once_than_the_server_makes(make, fake, params, monkeypatch):
+    engine, under_way, most, lock = make(fake, max_sequences=4), 0, 0, threading.Lock()
+    engine.publish(params[1], 1)
+    generate(engine, 1)
+    complete = lanes.Server.complete
+
+    def counted(self, *args, n=1, **asked):
+        nonlocal under_way, most
+        with lock:
+            under_way += n
+            most = max(most, under_way)
+        time.sleep(0.05)
+        try:
+            return complete(self, *args, n=n, **asked)
+        finally:
+            with lock:
+                under_way -= n
+
+    monkeypatch.setattr(lanes.Server, "complete", counted)
+    generate(engine, 1, prompts=[[1, 2]] * 3 + [[3, 4]] * 3 + [[5, 6]] * 3)
+    assert 3 <= most <= 4
 
 
 def test_a_run_that_goes_on_pushes_its_weights_before_it_samples(make, fake, params, expected):
@@ -695,3 +731,4 @@ def test_adapters_alone_are_sent_and_sent_again(make, fake, params, start):
     fake.restart()
     check(1, loras[1])
     assert list(fake.adapters) == [fake.label]
+    assert not any("load_inplace" in body for _, _, body in fake.log if body), "vLLM would read it at every step"

@@ -23,7 +23,7 @@ from fake_vllm import FakeVllm
 from unisd_jax.errors import UserError
 from unisd_jax.models import hf_tensors, load_hf, merge, save_hf, save_peft
 from unisd_jax.models.safetensors_io import Entry, new_tensor_file
-from unisd_jax.rollout import JaxSampler, Sampling, StaleWeights
+from unisd_jax.rollout import JaxSampler, RolloutFailed, Sampling, StaleWeights
 from unisd_jax.rollout.vllm_http import LoadFailed, Lost, Refused, Server
 
 SAMPLING = Sampling(8, (3, 7), 0, temperature=0.7)
@@ -452,7 +452,8 @@ def test_a_paused_server_goes_on_where_that_is_allowed(server, fake, ours):
     fake.paused = True
     try:
         server = Server(fake.address, timeout=1)
-        with contextlib.nullcontext() if ours else pytest.raises(UserError, match="no answer"):
+        refused = pytest.raises(RolloutFailed, match="another run, default: .*take_over")
+        with contextlib.nullcontext() if ours else refused:
             server.check(may_resume=lambda label: ours and label == "default")
         assert fake.paused != ours
     finally:

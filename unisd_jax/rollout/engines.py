@@ -44,6 +44,7 @@ def make_engine(
     if config.rollout.engine == "jax":
         return JaxSampler(model)
     options, (number, count) = config.rollout.vllm, multihost.own_share()
+    folder = folder if training else folder / "evaluation"
     addresses = own_addresses(options.addresses, number, count)
     if options.sync_dir is None and not all(is_here(address) for address in addresses):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,6 +13,8 @@ from unisd_jax.io import try_flock
 
 SHARED_MEMORY = Path("/dev/shm")
 SERVER_SEGMENTS = 5 * 10**8  # bytes that a server itself has in shared memory
+# The folder of a process, and what lies there: versions, the base of adapters, parts of what is being written.
+_LEFT, _OWN = re.compile(r"unisd-.+-\d+"), re.compile(r"v\d{8}|base|\..*")
 _held: dict[Path, int] = {}  # locks of this process' own folders
 
 
@@ -39,7 +42,7 @@ def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str, p
             if folder not in _held:
                 _held[folder] = _held_folder(folder)
             return folder
-    return run_dir.absolute() / "sync"
+    return run_dir.absolute() / "sync" / owner
 
 
 def release(folder: Path) -> None:
@@ -74,6 +77,8 @@ def _held_folder(folder: Path) -> int:
 def _remove_if_left(folder: Path) -> None:
     """Removes a folder whose process is gone: whatever run it was, its weights would stay in memory."""
     with contextlib.suppress(OSError):
+        if not _LEFT.fullmatch(folder.name) or not all(_OWN.fullmatch(path.name) for path in folder.iterdir()):
+            return  # somebody's own
         lock = _locked(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)

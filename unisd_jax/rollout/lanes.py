@@ -2,6 +2,7 @@
 
 import itertools
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from unisd_jax.config import VllmOptions
 from unisd_jax.errors import UserError
 from unisd_jax.rollout.protocol import RolloutFailed, Sampling
-from unisd_jax.rollout.vllm_http import Completion, LoadFailed, Lost, Refused, Server
+from unisd_jax.rollout.vllm_http import Completion, LoadFailed, Lost, Refused, Server, of_another_run
 from unisd_jax.rollout.vllm_server import OwnServer
 
 # What a server says of its weights that no trainer has changed, and of those that a trainer has left.
@@ -135,15 +136,15 @@ class Lane:
             if self._label is not None:
                 raise RolloutFailed(taken(self.server.address, found))
             if not self._options.take_over:
-                raise RolloutFailed(
-                    f"{self.server.address} serves the weights of another run, {found}: give this one a server of its "
-                    "own, or set rollout.vllm.take_over=true if that run has ended"
-                )
+                raise RolloutFailed(of_another_run(self.server.address, found))
         self._label = found
 
     def _is_ours(self, label: str) -> bool:
         """Whether no other run has given a server its label."""
-        return label in (UNTOUCHED, LEFT) or label.split("/")[0] == self._owner
+        if self._label is not None:
+            return label in (UNTOUCHED, LEFT) or label.split("/")[0] == self._owner
+        # A killed run may go on with another number of processes, which they have at the end of their names.
+        return label in (UNTOUCHED, LEFT) or _run_of(label.split("/")[0]) == _run_of(self._owner)
 
     def _launch(self) -> None:
         if self._process is not None:
@@ -236,6 +237,10 @@ class Lane:
             if process is not None:
                 process.stop()
             raise RolloutFailed(f"the engine was closed{'' if error is None else f': {error}'}")
+
+
+def _run_of(owner: str) -> str:
+    return re.sub(r"-\d{1,4}$", "", owner)
 
 
 def complete(server: Server, target: Target, prompt: Sequence[int], sampling: Sampling, **asked) -> list[Completion]:

@@ -285,8 +285,10 @@ class VllmEngine(RolloutEngine):
         for request in asked:
             todo.put(request)
         done: dict[int, list[Completion]] = {}
-        # No more than its share, or the first server would take all.
-        at_once = min(self._max_sequences, -(-len(asked) // len(self._lanes)))
+        # No more than its share, or the first server would take all; and no more completions than it makes at once, or
+        # the time that a request waits there would count as the server's silence.
+        fitting = self._max_sequences // max((request.n for request in asked), default=1)
+        at_once = max(1, min(fitting, -(-len(asked) // len(self._lanes))))
 
         def serve(lane: Lane) -> None:
             prove = functools.partial(self._prove_again, current)

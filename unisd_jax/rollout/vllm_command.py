@@ -102,6 +102,16 @@ def _room_for(rank: int) -> int:
     return fitting[0]
 
 
+def require_vllm(config: Config) -> None:
+    """Refuses a run that would start a server where there is no vLLM.
+
+    Raises:
+      ConfigError: as it says.
+    """
+    if config.rollout.engine == "vllm" and not config.rollout.vllm.addresses:
+        _interpreter(config.rollout.vllm.python)
+
+
 @functools.cache
 def _interpreter(name: str) -> tuple[str, Literal["cpu", "cuda"]]:
     """The path of the interpreter `name`, and for what its vLLM is built."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import requests
 
 from unisd_jax.errors import UserError
-from unisd_jax.rollout.protocol import Sampling, StaleWeights
+from unisd_jax.rollout.protocol import RolloutFailed, Sampling, StaleWeights
 
 CONNECT_SECONDS = 5.0
 QUICK_SECONDS = 2.0
@@ -66,13 +66,16 @@ class Server:
         label.
 
         Raises:
+          RolloutFailed: it is left paused and may not go on.
           UserError: no server, another kind of server, or one that was started differently.
         """
         try:
             self._get("/health")
             self._get("/version")
             label = self.label()
-            if self._field(self._get("/is_paused"), "is_paused", bool) and may_resume(label):
+            if self._field(self._get("/is_paused"), "is_paused", bool):
+                if not may_resume(label):
+                    raise RolloutFailed(of_another_run(self.address, label))
                 self._post("/resume")
             logps = []
             for temperature in (0.5, 1.0):
@@ -80,6 +83,8 @@ class Server:
                 logps.append(completion.logps)
             if logps[0] == logps[1]:
                 raise UserError(f"{self.address} reports log-probs before the temperature")
+        except RolloutFailed:
+            raise
         except (Lost, UserError) as error:
             raise UserError(f"rollout.vllm: {error}; {START}") from None
 
@@ -142,13 +147,18 @@ class Server:
           LoadFailed: it was not taken.
         """
         with self._paused():
-            # In place: the name is there already when this is sent a second time.
-            self._load("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder, "load_inplace": True})
+            # The name may be there when this is sent a second time. Loaded in place, vLLM 0.32 would read the files
+            # again at every step of every request.
+            self._unload_adapter(name)
+            self._load("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
             if previous not in (None, name):
-                response = self._send("POST", "/v1/unload_lora_adapter", {"lora_name": previous})
-                if response.status_code != 404:  # a restarted server does not know it
-                    self._accepted(response)
+                self._unload_adapter(previous)
             self._forget_and_label(label)
+
+    def _unload_adapter(self, name: str) -> None:
+        response = self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        if response.status_code != 404:  # a server that was started again knows none
+            self._accepted(response)
 
     def set_label(self, label: str) -> None:
         """Names the weights that the server holds.
@@ -235,6 +245,14 @@ class Server:
             self._local.session = requests.Session()
             self._local.session.trust_env = False  # servers are reached directly, not through a proxy
         return self._local.session
+
+
+def of_another_run(address: str, label: str) -> str:
+    """The message for a server that holds weights which someone else has sent."""
+    return (
+        f"{address} serves the weights of another run, {label}: give this one a server of its own, or set "
+        "rollout.vllm.take_over=true if that run has ended"
+    )
 
 
 def _request(

@@ -108,7 +108,7 @@ class Publisher:
         stream.seconds = time.perf_counter() - started
         target, size = self.folder / (name or f"v{version:08}"), sum(entry.nbytes for entry in entries)
         if name is None:
-            self._remove(lambda folder: folder not in (self._newest, target))
+            self._remove(lambda folder: folder != self._newest)
         with _appearing(target, size) as folder:
             if kind == "adapter":
                 stream.drain()
