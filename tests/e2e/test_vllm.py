@@ -18,7 +18,8 @@ from unisd_jax.rollout import weights
 from unisd_jax.rollout.engines import owner_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SYNC = {"seconds_sync_convert", "seconds_sync_write", "seconds_sync_load", "server_repairs"}
+# A run that is killed before its first checkpoint is on disk begins anew, without the evaluation of its start.
+SYNC = {"sync_gib", "seconds_sync_convert", "seconds_sync_write", "seconds_sync_load", "server_repairs"}
 SHORT = ("--train.steps=4", "--evaluation.drift_tokens=0")
 # The process group of the run's server is ended after a step, or the run itself.
 HOOK = """
