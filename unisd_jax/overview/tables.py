@@ -205,7 +205,7 @@ def _heat_map(family: Sequence[Group], column: Column, name: str) -> Table:
     table = []
     for k in ks:
         estimates = [found.get((k, gamma)) for gamma in gammas]
-        shades = [None if one is None else (one.mean - low) / span if span else 0.5 for one in estimates]
+        shades = [None if one is None else (one.mean - low) / span if span > 1e-9 else 0.5 for one in estimates]
         table.append(
             [f"K = {k}", *(percent(one)._replace(heat=heat) for one, heat in zip(estimates, shades, strict=True))]
         )
