@@ -73,24 +73,36 @@ def run(config: Config) -> RunResult:
         multihost.require_shared(folder)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}", flush=True)
-    if any(multihost.largest(int((run_dir / "result.json").exists()))):
-        if multihost.is_main() and not (run_dir / "report.md").exists():
-            write_report(run_dir)
-        print(f"{run_dir} is complete; delete it or choose another name to run again")
-        return read_result(run_dir)
+    if is_complete(run_dir):
+        return completed(run_dir)
     started = time.monotonic()
     use_compilation_cache(config.train.compilation_cache)
     meter = Meter(mesh_size(config), config.resources)
     with meter.phase("setup"):
         experiment = build(config)
-    with contextlib.closing(experiment.sampler), held(run_dir):
-        return _run(experiment, run_dir, meter, started)
+    with contextlib.closing(experiment.sampler):
+        queue = BatchQueue(experiment, training_batches(experiment))
+        with held(run_dir):
+            # Another process may have finished it meanwhile.
+            return completed(run_dir) if is_complete(run_dir) else _run(experiment, queue, run_dir, meter, started)
 
 
-def _run(experiment: Experiment, run_dir: Path, meter: Meter, started: float) -> RunResult:
+def is_complete(run_dir: Path) -> bool:
+    """Whether the run has its result, as all processes see it; all of them must call this."""
+    return any(multihost.largest(int((run_dir / "result.json").exists())))
+
+
+def completed(run_dir: Path) -> RunResult:
+    """The result of a run that is complete."""
+    if multihost.is_main() and not (run_dir / "report.md").exists():
+        write_report(run_dir)
+    print(f"{run_dir} is complete; delete it or choose another name to run again")
+    return read_result(run_dir)
+
+
+def _run(experiment: Experiment, queue: BatchQueue, run_dir: Path, meter: Meter, started: float) -> RunResult:
     config = experiment.config
     with meter.phase("setup"):
-        queue = BatchQueue(experiment, training_batches(experiment))
         if multihost.is_main():
             write_config(run_dir, config)
         multihost.wait_for_all("the configuration")
@@ -98,11 +110,12 @@ def _run(experiment: Experiment, run_dir: Path, meter: Meter, started: float) ->
     try:
         state = new_state(experiment)
         restored = checkpoints.restore(state)
+        continued = 0 if restored is None else int(restored.state.step)
         if restored is not None:
             require_same_base(experiment, restored.record)
             state = restored.state
             queue.set_state(restored.data, restored.record.get("begun", []))
-            print(f"continuing after step {int(state.step)}", flush=True)
+            print(f"continuing after step {continued}", flush=True)
         with meter.phase("evaluation") as phase:
             before = evaluate_before(experiment, run_dir, phase)
         progress, timer = Progress(experiment, before), {}
@@ -122,7 +135,8 @@ def _run(experiment: Experiment, run_dir: Path, meter: Meter, started: float) ->
         write_samples(run_dir, experiment, before, after)
         if after is not None:
             write_json_atomic(run_dir / "after.json", after._asdict())
-        write_json_atomic(run_dir / "result.json", summary(experiment, before, after, drift, timer, meter.record()))
+        result = summary(experiment, before, after, drift, timer, meter.record())
+        write_json_atomic(run_dir / "result.json", result | {"continued_after": continued})
         write_report(run_dir)
     multihost.wait_for_all("the result")
     return read_result(run_dir)

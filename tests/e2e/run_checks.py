@@ -9,6 +9,7 @@ TRAIN_ONLY = ("--evaluation.enabled=false", "--evaluation.drift_tokens=0")
 # What differs between two runs of the same thing.
 TIMING = {"tokens_per_second", "seconds_rollout", "seconds_update", "seconds_step", "peak_memory_gib", "seconds"}
 TIMING |= {"seconds_waiting", "seconds_compiling", "programs_compiled", "seconds_evaluation", "resources"}
+TIMING |= {"continued_after"}  # the checkpoint from which a run went on is whichever was there
 
 # A task of one's own that grades the form of replies, by their characters.
 TASK_WITH_FORM = """

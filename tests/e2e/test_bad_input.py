@@ -390,3 +390,19 @@ def test_a_run_that_another_process_is_at_is_left_alone(main, tmp_path):
         assert "run: another process is at this run" in error_line(main(tmp_path, *TRAIN_ONLY))
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert main(tmp_path, *TRAIN_ONLY, "--train.steps=1").code == 0
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_made_again(main, tmp_path, monkeypatch):
+    assert main(tmp_path, *TRAIN_ONLY, "--train.steps=1").code == 0
+    path, build = tmp_path / "run" / "result.json", train.build
+    result = path.read_text()
+    path.unlink()
+
+    def finished_meanwhile(config):
+        path.write_text(result)
+        return build(config)
+
+    monkeypatch.setattr(train, "build", finished_meanwhile)
+    again = main(tmp_path, *TRAIN_ONLY, "--train.steps=1")
+    assert again.code == 0 and "is complete" in again.out
+    assert path.read_text() == result

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or damaged ends with the numbers of one that was left alone, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -73,6 +74,8 @@ def test_kill_9_anywhere_and_ctrl_c_change_nothing(finished, cli, tmp_path):
     assert last.code == 0 and last.err == ""
     assert "continuing after step 6" in last.out
     assert numbers(run_dir) == numbers(finished[0])
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, finished[0])]
+    assert [result["continued_after"] for result in results] == [6, 0]
     assert (run_dir / "checkpoints" / "6").is_dir()
     assert not list(run_dir.rglob("*tmp*")) + list(run_dir.rglob("*.partial"))
 

@@ -125,6 +125,18 @@ def test_a_job_refuses_to_run_before_what_it_needs_and_the_rest_can_be_submitted
     assert cluster.write_slurm(tmp_path / "third", jobs, PROGRAM) == ["all jobs are finished; nothing was written"]
 
 
+def test_a_run_that_is_made_again_makes_the_report_out_of_date(jobs, submit, tmp_path):
+    (tmp_path / "now").touch()
+    cluster.write_slurm(tmp_path / "c", jobs, PROGRAM)
+    submit(tmp_path / "c")
+    (tmp_path / "e1" / "result.json").unlink()
+    cluster.write_slurm(tmp_path / "again", jobs, PROGRAM)
+    listed = json.loads((tmp_path / "again" / "jobs.json").read_text())["jobs"]
+    assert [job["name"] for job in listed] == ["e1", "report"]
+    assert command.main(["run-job", str(tmp_path / "again" / "jobs.json"), "0"], PROGRAM) == 0
+    assert is_finished(jobs[-2]) and not is_finished(jobs[-1])
+
+
 def test_folders_may_have_spaces_and_percent_signs(jobs, tmp_path, monkeypatch):
     folder = tmp_path / "my 50% runs"
     folder.mkdir()

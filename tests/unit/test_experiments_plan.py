@@ -286,6 +286,7 @@ def test_a_result_that_was_deleted_is_made_again(planned):
         (["ema", "--train.steps=3", "--train.steps=4"], "--train.steps is given twice, as 3 and as 4"),
         (["ema", "--seeds=0", "--seeds=1"], "--seeds is given twice"),
         (["ema", "--tasks=mbpp", "--tasks", "gsm8k"], "--tasks is given twice"),
+        (["ema", "--output-dir=runs/experiments"], "--output-dir is given twice"),
         (["ema", "--views=3,5"], "--views is for the experiment sensitivity"),
         (["ema", "ablation", "--gammas=0.1"], "--gammas is for the experiment sensitivity"),
         (["ema", "--devices=nonsense:0", "--dry-run"], "expected ids of GPUs"),

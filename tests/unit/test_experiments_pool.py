@@ -1,10 +1,10 @@
 """Running jobs: order, failures, skipping, signals, kills, devices and memory. The jobs are small fakes."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -254,22 +254,23 @@ def test_a_lost_terminal_lets_every_job_save(job, tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-c", text])
-    reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
-    reader.start()
+    said = threading.Thread(target=read_until, args=(terminal, done := threading.Event()))
+    said.start()
     wait_for(lambda: sum("ready" in line for line in order(tmp_path)) == 2)
-    os.kill(child, signal.SIGSTOP)  # so that the terminal is gone before it is told
-    os.close(terminal)
-    os.kill(child, signal.SIGCONT)
+    done.set()
+    said.join()
+    os.close(terminal)  # the kernel sends SIGHUP, and a shell would send another
     os.kill(child, signal.SIGHUP)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 130
     assert sum("saves" in line for line in order(tmp_path)) == 2
 
 
-def read_all(descriptor):
-    with contextlib.suppress(OSError):
-        while os.read(descriptor, 1000):
-            pass
+def read_until(descriptor, done):
+    """Reads what a terminal shows; a read that waits would keep it open."""
+    while not done.is_set():
+        if select.select([descriptor], [], [], 0.05)[0]:
+            os.read(descriptor, 1000)
 
 
 def test_a_pipe_that_nobody_reads_changes_nothing(job, started, tmp_path):
@@ -417,16 +418,24 @@ def test_measured_memory_takes_the_place_of_the_guess(job, run, tmp_path, monkey
     assert most_at_once(tmp_path) == 2
 
 
-def test_a_job_that_once_took_more_than_there_is_runs_alone_after_a_while(job, run, tmp_path, monkeypatch):
-    before = job("before", about={"model": "m"})
+@pytest.mark.parametrize(("in_all", "waits"), [(24.0, False), (200.0, True)])
+def test_a_job_that_once_took_more_than_is_free_runs_alone(job, run, tmp_path, monkeypatch, in_all, waits):
+    """At once if that was on a larger machine, else after a while: others hold the memory."""
+    about = {"model": "m"}
+    before = job("before", about=about)
     run(before)
     Manifest(tmp_path).update("before", peak_memory_gib=100.0)
-    monkeypatch.setattr(of_pool, "available_gib", lambda: 3.0)
-    monkeypatch.setattr(of_pool, "PATIENCE", 1.0)
-    cpus = parse_devices("cpu:1")
-    began = time.monotonic()
-    assert run(before, job("again", about={"model": "m"}), on=cpus)[0] == 0
-    assert time.monotonic() - began >= 1.0
+    for name, amount in (("available_gib", 3.0), ("total_gib", in_all)):
+        monkeypatch.setattr(of_pool, name, lambda amount=amount: amount)
+    monkeypatch.setattr(of_pool, "PATIENCE", 1.5)
+    note = "(out / 'times').open('a').write(f'{time.time()}\\n')"
+    stamp = f"{note}; time.sleep(2); {note}"
+    began = time.time()
+    assert (
+        run(before, job("one", stamp, about=about), job("two", stamp, about=about), on=parse_devices("cpu:1"))[0] == 0
+    )
+    first, ended, second, _ = map(float, (tmp_path / "times").read_text().split())
+    assert (first - began >= 1.5) == waits and (second - ended >= 1.5) == waits
 
 
 def test_what_the_command_itself_holds_is_not_a_job_s_memory(job, run, tmp_path):

@@ -349,6 +349,18 @@ def test_shared_memory_is_used_where_two_versions_fit(tmp_path, shared_memory):
     assert sync_folder(None, run, needed=1000, owner="a") == run / "sync" / "a"
 
 
+def test_nothing_is_left_in_the_run_s_directory(tmp_path, shared_memory):
+    run = tmp_path / "run"
+    model, params = toys.random_model()
+    both = [publisher(sync_folder(None, run, needed=10**18, owner=owner), model, owner=owner) for owner in ("a", "b")]
+    for one in both:
+        one.write(params, 1)
+    both[0].close()
+    assert [path.name for path in (run / "sync").iterdir()] == ["b"]
+    both[1].close()
+    assert list(run.iterdir()) == []
+
+
 def test_a_folder_that_was_asked_for_is_made_and_each_owner_has_its_own(tmp_path, shared_memory):
     option = tmp_path / "new" / "sync"
     one, two = (sync_folder(str(option), tmp_path, needed=1, owner=owner) for owner in ("a", "b"))

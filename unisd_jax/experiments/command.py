@@ -15,6 +15,7 @@ from unisd_jax.experiments.jobs import (
     Job,
     first_states,
     is_begun,
+    is_finished,
     layers,
     unfinished_needs,
 )
@@ -87,10 +88,12 @@ def run_job(words: Sequence[str]) -> int:
         raise ConfigError(f"run-job: expected JOBS.json INDEX, found {' '.join(words) or 'nothing'}")
     job, jobs = read_list(Path(words[0]), words[1])
     missing = unfinished_needs(job, jobs)
-    if job.kind == "report":
-        job.marker.unlink(missing_ok=True)
-    elif missing:
+    if missing and job.kind != "report":
         raise UserError(f"{job.name} needs {missing[0]}, which is not finished; run that one first")
+    if not is_finished(job) or job.kind == "report":
+        for other in jobs.values():
+            if other.kind == "report":  # a report is only as new as what it reports
+                other.marker.unlink(missing_ok=True)
     status = run_pool([job], [HERE], Manifest(Path(job.folder).parents[1]))
     if missing:
         job.marker.unlink(missing_ok=True)

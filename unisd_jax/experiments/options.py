@@ -39,9 +39,9 @@ class _Once(argparse.Action):
     """An option with one value: of two, one would be forgotten without a word."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        earlier = getattr(namespace, self.dest)
-        if earlier not in (self.default, values):
+        if getattr(self, "given", values) != values:
             parser.error(f"{option_string} is given twice; leave one of them out")
+        self.given = values
         setattr(namespace, self.dest, values)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from unisd_jax.experiments import jobs as of_jobs
 from unisd_jax.experiments.jobs import ELSEWHERE, FAILED, FINISHED, GOOD, INTERRUPTED, NOT_RUN, RUNNING, WAITING, Job
-from unisd_jax.experiments.slots import Slot, available_gib, peak_gib, resident_gib
+from unisd_jax.experiments.slots import Slot, available_gib, peak_gib, resident_gib, total_gib
 from unisd_jax.experiments.state import Manifest, try_lock
 from unisd_jax.experiments.status import Screen
 from unisd_jax.io import write_text_atomic
@@ -58,7 +58,7 @@ class Pool:
         self.running: dict[str, Process] = {}
         self.finished = [record for record in manifest.read().values() if record.get("state") == FINISHED]
         self.note = ""  # why something waits
-        self._idle_since = time.monotonic()  # since when none of ours runs
+        self._idle_since = time.monotonic()  # where none of ours runs: since when
         self.was_stopped = False
         self._memory_gib = memory_gib
         self._locks = manifest.path.parent / "jobs" / "slots"
@@ -160,17 +160,20 @@ class Pool:
         if free is None:
             return True
         needed, is_guess = self._expected_gib(job)
-        if self.running:
-            self._idle_since = time.monotonic()
-        # Alone, a guess may be wrong, and what was measured may have been on a larger machine.
-        patience = 0.0 if is_guess else (PATIENCE if self._memory_gib is None else math.inf)
-        is_alone = not self.running and time.monotonic() - self._idle_since >= patience
         for process in self.running.values():
             free -= max(0.0, self._expected_gib(process.job)[0] - resident_gib(process.popen.pid))
-        if needed <= free or is_alone:
+        if needed <= free or (not self.running and self._may_exceed(needed, is_guess)):
             return True
         self.note = f"{job.name} waits for memory: needs {needed:.1f} GiB, {max(free, 0):.1f} are free"
         return False
+
+    def _may_exceed(self, needed: float, is_guess: bool) -> bool:
+        """Whether a job may run alone: its size is a guess, or a larger machine's, or others hold memory for long."""
+        if self._memory_gib is not None:
+            return False
+        if is_guess or needed > (total_gib() or math.inf):
+            return True
+        return time.monotonic() - self._idle_since >= PATIENCE
 
     def _expected_gib(self, job: Job) -> tuple[float, bool]:
         """Memory that the job will take, and whether that is no more than a guess."""
@@ -218,6 +221,7 @@ class Pool:
         job = process.job
         _signal_group(process.popen.pid, signal.SIGKILL)
         del self.running[job.name]
+        self._idle_since = time.monotonic()
         whole = all(self._need(name) in GOOD for name in job.needs)
         if status == 0 and whole:
             write_text_atomic(job.marker, job.key)

@@ -28,7 +28,7 @@ _PLACES = 120  # points of a line; longer runs are drawn as means over as many s
 def gain_against_drift(study: Study) -> Iterator[Block]:
     """One point per run and one chart per way of measuring."""
     yield Heading("Gain against drift")
-    names, styles, charts, shown = column_names(study), mode_styles(study), [], set()
+    names, styles, charts, shown = column_names(study.columns), mode_styles(study), [], set()
     for column in study.columns:
         points = list(_points(study, column, styles))
         if points:

@@ -176,11 +176,15 @@ def _cost(one: Group) -> list[str | Cell]:
 
 
 def _was_resumed(run: Run) -> bool:
-    """Whether the process that finished a run took only some of its steps: all of them add up to more seconds."""
+    """Whether the process that finished a run took only some of its steps."""
+    continued = number(run.result, "continued_after")
+    if continued is not None:
+        return continued > 0
+    # Where the result does not say: all steps add up to more seconds than this process spent in its phases.
     steps = number(run.result, "seconds", "training")
     phases = [number(run.result, "resources", "phases", name, "seconds") or 0 for name in _TRAINING]
     # The sum is stored to a tenth of a second; reading the energy counters is part of a step and of no phase.
-    return steps is not None and steps - sum(phases) > 0.1 + 0.02 * steps
+    return steps is not None and steps - sum(phases) > 0.1 + 0.05 * steps
 
 
 def _named(one: Group) -> Cell:

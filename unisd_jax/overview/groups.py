@@ -17,6 +17,7 @@ from unisd_jax.overview.measurements import (
     known_weights,
     of_evaluation,
     other_base,
+    without_base,
 )
 from unisd_jax.overview.reading import Evaluation, Found, Run
 
@@ -186,7 +187,7 @@ def rows(groups: Sequence[Group]) -> list[list[Group]]:
 def _share_a_row(one: Group, other: Group) -> bool:
     alike = (one.model, one.mode) == (other.model, other.mode) and one.config and other.config
     tasks = one.config.get("data.task") != other.config.get("data.task")
-    apart = one.measured.keys().isdisjoint(other.measured)
+    apart = {without_base(column) for column in one.measured}.isdisjoint(map(without_base, other.measured))
     return bool(alike and tasks and apart) and not differing([one.config, other.config], _OF_THE_TASK)
 
 

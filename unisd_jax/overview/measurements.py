@@ -52,6 +52,11 @@ class Measurement:
     run: Run | None = None  # whose checkpoint it is of, None for a model before training
 
 
+def without_base(column: Column) -> Column:
+    """The column for what does not depend on the model that a gain is over."""
+    return column._replace(base="")
+
+
 def as_text(value: Any) -> str:
     """The same for equal values."""
     return json.dumps(value, sort_keys=True, default=str)
@@ -69,8 +74,8 @@ def at_the_end(run: Run) -> dict[Column, Measurement]:
         return {}
     test = {name: value for name, value in run.config.items() if name.startswith(_OF_THE_TEST)}
     # Where training went on from an adapter, before and gain are of that and not of the model alone.
-    start = str(run.config.get("model.lora.start") or "")
-    column = Column(run.told("data.task", "task"), "training", int(items), _digest(test), start)
+    start = run.config.get("model.lora.start")
+    column = Column(run.told("data.task", "task"), "training", int(items), _digest(test), _path(start) if start else "")
     values = {"exact": Ends(after)}
     for name in ("before", "drift"):
         if number(result, name) is not None:
@@ -135,4 +140,4 @@ def other_base(evaluation: Evaluation, start: str, weights: dict[str, str]) -> s
 
 
 def _path(name: Any) -> str:
-    return os.path.normpath(str(name))
+    return os.path.abspath(str(name))

@@ -1,12 +1,14 @@
 """The report's tables: results, gains, scorers, sensitivity."""
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePath
 
 from unisd_jax.overview.blocks import Block, Cell, Heading, Table, Text
 from unisd_jax.overview.estimates import NOTHING, Estimate, difference, over_seeds
 from unisd_jax.overview.groups import GAMMA, Group, K, Study, differing, rows, short
-from unisd_jax.overview.measurements import Column, Measurement
+from unisd_jax.overview.measurements import Column, Measurement, without_base
 
 MISSING = Cell("not measured")
 BASE = "base model"
@@ -50,7 +52,7 @@ def scorers(study: Study) -> Iterator[Block]:
             pairs = [[over_seeds(cells.get(column, ()), name) for name in ("exact", "released")] for column in columns]
             if any(released for _, released in pairs):
                 table.append([label, *(percent(found) for pair in pairs for found in pair)])
-        names = column_names(study)
+        names = column_names(study.columns)
         headings = [f"{names[column]}, {scorer}" for column in columns for scorer in ("strict", "released")]
         yield Table(f"Exact match (%) of {model} by both scorers", [_ROWS, *headings], table)
 
@@ -65,7 +67,7 @@ def gains(study: Study) -> Iterator[Block]:
         "do with it. The two are no one measure. PPL_fit is of the gold replies, PPL_ret of the model's own under "
         "the base."
     )
-    names, empty = column_names(study), True
+    names, empty = column_names(study.columns), True
     for model in _models(study):
         table = []
         for label, cells in _rows(study, model, base=False):
@@ -93,7 +95,7 @@ def sensitivity(study: Study) -> Iterator[Block]:
         if one.config.get(K):
             others = {name: value for name, value in one.config.items() if name not in (K, GAMMA)}
             families[repr(sorted(others.items(), key=str))].append(one)
-    names, drawn = column_names(study), 0
+    names, drawn = column_names(study.columns), 0
     for family in families.values():
         if not differing([one.config for one in family]):
             continue
@@ -118,22 +120,36 @@ def amount(found: Estimate | None, form: str) -> Cell:
     return MISSING if found is None else _cell(found, 1.0, form)
 
 
-def column_names(study: Study) -> dict[Column, str]:
+def column_names(columns: Sequence[Column]) -> dict[Column, str]:
     """The task and another base; the kind of evaluation, items or a number where that does not tell columns apart."""
     found: dict[Column, str] = {}
-    for column in study.columns:
-        alike = [other for other in study.columns if other.task == column.task]
+    bases = _base_names({column.base for column in columns if column.base})
+    for column in columns:
+        alike = [other for other in columns if other.task == column.task]
         name = column.task
         if len({other.source for other in alike}) > 1:
             name += " at the end of training" if column.source == "training" else " by evaluate"
         alike = [other for other in alike if other.source == column.source]
-        name += f" compared with {short(column.base)}" if column.base else ""
+        name += f" compared with {bases[column.base]}" if column.base else ""
         alike = [other for other in alike if other.base == column.base]
         if len({other.items for other in alike}) > 1:
             name += f", {column.items} items"
         alike = [other for other in alike if other.items == column.items]
         found[column] = name if len(alike) == 1 else f"{name}, setting {alike.index(column) + 1}"
     return found
+
+
+def _base_names(paths: Iterable[str]) -> dict[str, str]:
+    """As many of the last parts of each path as tell it from the others; of a run's `hf` or `adapter` the run too."""
+    parts = {path: PurePath(os.path.relpath(path)).parts for path in paths}
+    names = {}
+    for path, own in parts.items():
+        shown = 2 if own[-1] in ("hf", "adapter") else 1
+        others = [other for name, other in parts.items() if name != path]
+        while shown < len(own) and any(other[-shown:] == own[-shown:] for other in others):
+            shown += 1
+        names[path] = "/".join(own[-shown:])
+    return names
 
 
 _ROWS = "mode"
@@ -165,8 +181,10 @@ def _rows(study: Study, model: str, *, base: bool = True) -> Iterator[Row]:
 
 
 def _results_of(study: Study, model: str, name: str, caption: str) -> Table:
-    found, names = list(_rows(study, model)), column_names(study)
-    columns = [column for column in study.columns if any(column in cells for _, cells in found)]
+    # What a gain is over says nothing of the score itself.
+    found = [(label, _whatever_the_base(cells)) for label, cells in _rows(study, model)]
+    names = column_names(list(dict.fromkeys(without_base(column) for column in study.columns)))
+    columns = [column for column in names if any(column in cells for _, cells in found)]
     table = [[label] for label, _ in found]
     for column in columns:
         measured = [cells.get(column, []) for _, cells in found]
@@ -175,6 +193,15 @@ def _results_of(study: Study, model: str, name: str, caption: str) -> Table:
         for place, row in enumerate(table):
             row.append(percent(means[place])._replace(best=place == best))
     return Table(caption, [_ROWS, *(names[column] for column in columns)], table)
+
+
+def _whatever_the_base(cells: dict[Column, list[Measurement]]) -> dict[Column, list[Measurement]]:
+    """The cells by columns without a base; a run that was compared with several models is one seed all the same."""
+    found: dict[Column, list[Measurement]] = {}
+    for column, measurements in cells.items():
+        there = found.setdefault(without_base(column), [])
+        there += [one for one in measurements if one.run is None or one.run not in [other.run for other in there]]
+    return found
 
 
 def _best(cells: Sequence[list[Measurement]], means: Sequence[Estimate | None], name: str) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from unisd_jax.errors import ConfigError
 from unisd_jax.io import try_flock
 
+SYNC = "sync"  # in a run's directory, where shared memory has no room
 SHARED_MEMORY = Path("/dev/shm")
 SERVER_SEGMENTS = 5 * 10**8  # bytes that a server itself has in shared memory
 # The folder of a process, and what lies there: versions, the base of adapters, parts of what is being written.
@@ -42,7 +43,7 @@ def sync_folder(option: str | None, run_dir: Path, *, needed: int, owner: str, p
             if folder not in _held:
                 _held[folder] = _held_folder(folder)
             return folder
-    return run_dir.absolute() / "sync" / owner
+    return run_dir.absolute() / SYNC / owner
 
 
 def release(folder: Path) -> None:

@@ -25,7 +25,7 @@ from unisd_jax.models import Lora, Model, iter_hf_tensors, merge, save_peft
 from unisd_jax.models.hf_io import leaf_at, leaf_paths, split_shards, stored_shapes, write_shards
 from unisd_jax.models.peft_io import stored_factors
 from unisd_jax.models.safetensors_io import Entry
-from unisd_jax.rollout.folders import release
+from unisd_jax.rollout.folders import SYNC, release
 
 BASE = "base"  # the weights that adapters are put on
 MANIFEST, FORMAT = "manifest.json", "unisd_jax/weights/1"
@@ -132,6 +132,8 @@ class Publisher:
             shutil.rmtree(self.folder / BASE, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+            if self.folder.parent.name == SYNC:
+                self.folder.parent.rmdir()
         release(self.folder)
 
     def _remove(self, chosen: Callable[[Path], bool]) -> None:
