@@ -62,3 +62,19 @@ def try_flock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def try_lock(path: Path) -> int | None:
+    """A file descriptor that holds the lock `path`; None while another process does.
+
+    A process that is started with the descriptor holds the lock too, until it ends, whatever happens to this one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    is_ours = False
+    try:
+        is_ours = try_flock(descriptor)
+    finally:
+        if not is_ours:
+            os.close(descriptor)
+    return descriptor if is_ours else None

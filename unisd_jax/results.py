@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from unisd_jax.errors import ConfigError, UserError
 from unisd_jax.eval.runner import Evaluation
 from unisd_jax.eval.summary import gain, item_scores
 from unisd_jax.experiment import Experiment
-from unisd_jax.io import try_flock, write_text_atomic
+from unisd_jax.io import try_lock, write_text_atomic
 from unisd_jax.metrics import METRICS_FILE, read_metrics
 from unisd_jax.models import Model, load_hf
 from unisd_jax.parallel import multihost
 from unisd_jax.provenance import environment
+
+NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS  # what a file system says that has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +82,12 @@ def held(run_dir: Path) -> Iterator[None]:
     """
     lock, is_free = None, True
     if multihost.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        with contextlib.suppress(OSError):  # a file system without locks
-            is_free = try_flock(lock)
+        try:
+            lock = try_lock(run_dir / ".lock")
+            is_free = lock is not None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     try:
         if any(multihost.largest(int(not is_free))):
             raise UserError(

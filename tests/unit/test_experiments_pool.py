@@ -22,8 +22,9 @@ from unisd_jax.experiments.command import run_pool
 from unisd_jax.experiments.jobs import FAILED, FINISHED, NOT_RUN, Job, is_finished
 from unisd_jax.experiments.pool import Pool
 from unisd_jax.experiments.slots import BESIDE, Slot, parse_devices
-from unisd_jax.experiments.state import Manifest, is_locked, try_lock
+from unisd_jax.experiments.state import Manifest, is_locked
 from unisd_jax.experiments.status import Screen, overview, time_left
+from unisd_jax.io import try_lock
 from unisd_jax.metrics import clock
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from unisd_jax.experiments import jobs as of_jobs
 from unisd_jax.experiments.jobs import ELSEWHERE, FAILED, FINISHED, GOOD, INTERRUPTED, NOT_RUN, RUNNING, WAITING, Job
 from unisd_jax.experiments.slots import Slot, available_gib, peak_gib, resident_gib, total_gib
-from unisd_jax.experiments.state import Manifest, try_lock
+from unisd_jax.experiments.state import Manifest
 from unisd_jax.experiments.status import Screen
-from unisd_jax.io import write_text_atomic
+from unisd_jax.io import try_lock, write_text_atomic
 from unisd_jax.metrics import clock
 
 POLL = 0.2  # seconds between two looks at the processes

@@ -10,22 +10,9 @@ from typing import Any
 
 from unisd_jax.errors import UserError
 from unisd_jax.experiments.jobs import Job
-from unisd_jax.io import try_flock, write_json_atomic
+from unisd_jax.io import try_lock, write_json_atomic
 
 FORMAT = 1
-
-
-def try_lock(path: Path) -> int | None:
-    """A file descriptor that holds the lock `path`; None while another process does.
-
-    A process that is started with the descriptor holds the lock too, until it ends, whatever happens to this one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if try_flock(descriptor):
-        return descriptor
-    os.close(descriptor)
-    return None
 
 
 def is_locked(path: Path) -> bool:
